@@ -1,0 +1,54 @@
+//! The deciding half of Isochrone: where a request may go, where it goes, and whether it may go again.
+//!
+//! Everything here is a plain function or a small state machine of (state, facts, [`Time`]).
+//! Nothing here opens a socket, reads a clock or draws a random number: callers pass those in, so that each decision
+//! can be tested exactly and replayed from a seed.
+//!
+//! One decision, in order:
+//! [`residency`] turns the rules into a [`Permitted`](residency::Permitted) set of regions, and is the only code that can;
+//! [`steer`] gives each of those a score in milliseconds;
+//! [`pick`] takes the best region that has an endpoint able to answer, and one endpoint of it by power of two choices;
+//! [`outlier`] and [`health`] say which endpoints those are; [`retry`] and [`budget`] say whether to try again.
+
+pub mod geo;
+
+pub mod region;
+
+pub mod residency;
+
+pub mod ewma;
+
+pub mod steer;
+
+pub mod health;
+
+pub mod outlier;
+
+pub mod pick;
+
+pub mod budget;
+
+pub mod retry;
+
+use std::time::Duration;
+
+/// An instant on a monotonic clock, in nanoseconds since a start that the caller chose.
+///
+/// A plain number rather than `std::time::Instant`, so that it fits an atomic and a test can make one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Time(pub u64);
+
+impl Time {
+    /// The time that has passed since `earlier`; zero if `earlier` is later.
+    pub fn since(self, earlier: Time) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+}
+
+impl std::ops::Add<Duration> for Time {
+    type Output = Time;
+
+    fn add(self, length: Duration) -> Time {
+        Time(self.0.saturating_add(u64::try_from(length.as_nanos()).unwrap_or(u64::MAX)))
+    }
+}

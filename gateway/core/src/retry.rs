@@ -1,0 +1,105 @@
+//! What an attempt's outcome means: may the request go again, and what does it say about the endpoint.
+
+/// How one attempt ended, before any byte of a response went to the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// A response with this status.
+    Status(u16),
+    /// No connection: nothing of the request was sent.
+    ConnectFailed,
+    /// The connection broke after something of the request may have been sent.
+    Reset,
+    /// The endpoint answered nothing until the deadline.
+    TimedOut,
+    /// The client's own body broke off; the endpoint is not to blame.
+    ClientBody,
+}
+
+/// What to do with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// Who may try again.
+    pub retry: Retry,
+    /// What it says about the endpoint.
+    pub endpoint: Mark,
+}
+
+/// Whether another attempt makes sense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retry {
+    /// This is the answer.
+    No,
+    /// Any request may: nothing of it was sent.
+    Any,
+    /// Only a request that is safe to do twice and whose body is still at hand.
+    Replayable,
+}
+
+/// What an outcome says about the endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// It works.
+    Success,
+    /// It counts towards ejection.
+    Failure,
+    /// It says nothing: an overloaded endpoint is steered around, not ejected, and a client's fault is the client's.
+    None,
+}
+
+impl Outcome {
+    /// Judges the outcome.
+    pub fn verdict(self) -> Verdict {
+        let (retry, endpoint) = match self {
+            // RFC 9110, sections 15.6.3 and 15.6.5: the endpoint is a gateway to something that failed.
+            Outcome::Status(502 | 504) => (Retry::Replayable, Mark::Failure),
+            // RFC 9110, section 15.6.4, and RFC 6585, section 4: overload.
+            Outcome::Status(503 | 429) => (Retry::Replayable, Mark::None),
+            // Any other answer, a 500 included, is the model's own: doing it again elsewhere gives it again.
+            Outcome::Status(500..) => (Retry::No, Mark::Failure),
+            Outcome::Status(_) => (Retry::No, Mark::Success),
+            Outcome::ConnectFailed => (Retry::Any, Mark::Failure),
+            Outcome::Reset => (Retry::Replayable, Mark::Failure),
+            Outcome::TimedOut => (Retry::No, Mark::Failure),
+            Outcome::ClientBody => (Retry::No, Mark::None),
+        };
+        Verdict { retry, endpoint }
+    }
+
+    /// The word in traces, logs and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Outcome::Status(..500) => "ok",
+            Outcome::Status(503) => "unavailable",
+            Outcome::Status(_) => "server_error",
+            Outcome::ConnectFailed => "connect_failed",
+            Outcome::Reset => "reset",
+            Outcome::TimedOut => "timed_out",
+            Outcome::ClientBody => "client_body",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_not_sent_is_retried_without_being_replayable() {
+        let all = [200, 400, 404, 429, 500, 501, 502, 503, 504].map(Outcome::Status).into_iter().chain([
+            Outcome::ConnectFailed,
+            Outcome::Reset,
+            Outcome::TimedOut,
+            Outcome::ClientBody,
+        ]);
+        for outcome in all {
+            assert_eq!(outcome.verdict().retry == Retry::Any, outcome == Outcome::ConnectFailed, "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn overload_steers_and_does_not_eject() {
+        for status in [429, 503] {
+            assert_eq!(Outcome::Status(status).verdict(), Verdict { retry: Retry::Replayable, endpoint: Mark::None });
+        }
+    }
+}
