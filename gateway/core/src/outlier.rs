@@ -58,6 +58,11 @@ impl Outlier {
         self.state
     }
 
+    /// Whether there is nothing that a success would reset.
+    pub fn is_default(&self) -> bool {
+        self.state == State::Admitting && self.failures == 0 && self.ejections == 0
+    }
+
     /// A request succeeded. Returns whether the endpoint has returned by it.
     pub fn success(&mut self) -> bool {
         let returned = self.state != State::Admitting;

@@ -55,7 +55,7 @@ impl Drop for Guard {
 /// # Errors
 /// A collector address that is no URL. A collector that is down is no error: spans wait in a bounded queue and are then
 /// dropped, never a request.
-pub fn start(settings: Settings<'_>, log: log::Log) -> Result<Guard, String> {
+pub fn start(settings: &Settings<'_>, log: log::Log) -> Result<Guard, String> {
     let provider = settings.otlp.map(|endpoint| tracer_provider(settings, endpoint)).transpose()?;
     let spans = provider.as_ref().map(|provider| {
         tracing_opentelemetry::layer()

@@ -1,0 +1,314 @@
+//! Bodies in both directions. Frames are passed on as they come; none is copied.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body_util::BodyExt;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+
+use crate::call::{self, BodyMode, Call, ModelIn};
+use crate::error::Error;
+use crate::respond::Finish;
+
+/// How many bytes of a stream are read to find the model in its first message.
+const PEEK_MAX: usize = 64 << 10;
+
+/// Bytes that are kept and can be sent again.
+#[derive(Clone, Debug)]
+enum Chunks {
+    /// The usual case, without an allocation.
+    One(Option<Bytes>),
+    Many(Arc<[Bytes]>),
+}
+
+impl Chunks {
+    fn as_slice(&self) -> &[Bytes] {
+        match self {
+            Chunks::One(chunk) => chunk.as_slice(),
+            Chunks::Many(chunks) => chunks,
+        }
+    }
+}
+
+/// A request's body as far as it has been received.
+#[derive(Debug)]
+pub(crate) struct Received {
+    chunks: Chunks,
+    /// What has not been read. Without it the body is whole and can be sent any number of times.
+    rest: Option<Incoming>,
+    trailers: Option<HeaderMap>,
+}
+
+/// The bounds on receiving.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ReceiveLimits {
+    pub(crate) whole_bytes: usize,
+    pub(crate) keep_bytes: usize,
+    pub(crate) timeout: Duration,
+}
+
+impl Received {
+    /// Whether it can be sent once more after it has been sent.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.rest.is_none()
+    }
+
+    /// The frames at hand.
+    pub(crate) fn chunks(&self) -> &[Bytes] {
+        self.chunks.as_slice()
+    }
+
+    /// The body for one attempt. What streams can be taken once: the caller asks [`is_whole`](Self::is_whole) before it
+    /// sends a body again, or has it [put back](Self::put_back).
+    pub(crate) fn for_attempt(&mut self) -> RequestBody {
+        RequestBody { chunks: self.chunks.clone(), next: 0, rest: self.rest.take(), trailers: self.trailers.clone() }
+    }
+
+    /// Takes back a body of which nothing was sent.
+    pub(crate) fn put_back(&mut self, unsent: Option<RequestBody>) {
+        if let Some(unsent) = unsent {
+            debug_assert_eq!(unsent.next, 0, "a body of which something was sent");
+            self.rest = unsent.rest;
+        }
+    }
+}
+
+/// Receives as much of a body as its call needs before it can be sent on, and the model that it names.
+///
+/// # Errors
+/// A body that is too large, too slow, broken off, or does not name the model that it must.
+pub(crate) async fn receive(
+    body: Incoming,
+    call: &Call,
+    limits: ReceiveLimits,
+) -> Result<(Received, Option<Box<str>>), Error> {
+    if body.is_end_stream() {
+        let received = Received { chunks: Chunks::One(None), rest: None, trailers: None };
+        return model(&received, call).map(|model| (received, model));
+    }
+    let declared = body.size_hint().lower();
+    let most = match call.body {
+        BodyMode::Whole if declared > limits.whole_bytes as u64 => return Err(Error::OversizeBody),
+        BodyMode::Whole => limits.whole_bytes,
+        // What will not fit is not collected at all; only the model is looked for.
+        BodyMode::Keep if declared > limits.keep_bytes as u64 => 0,
+        BodyMode::Keep => limits.keep_bytes,
+        BodyMode::Stream => 0,
+    };
+    let collected = collect(body, call, most);
+    let received = tokio::time::timeout(limits.timeout, collected).await.map_err(|_| Error::SlowBody)??;
+    if call.body == BodyMode::Whole && received.rest.is_some() {
+        return Err(Error::OversizeBody);
+    }
+    let model = model(&received, call)?;
+    Ok((received, model))
+}
+
+/// Reads frames until the body ends, or until there are more bytes than `most` and the model has been found.
+async fn collect(mut body: Incoming, call: &Call, most: usize) -> Result<Received, Error> {
+    let mut chunks: Vec<Bytes> = Vec::new();
+    let mut one = None;
+    let mut size = 0;
+    let mut trailers = None;
+    let needs_model = call.model == ModelIn::FirstMessage;
+    while size <= most || (needs_model && size <= PEEK_MAX && call::model_in_message(&joined(&chunks, &one))?.is_none())
+    {
+        if !needs_model && most == 0 {
+            break;
+        }
+        match body.frame().await {
+            None => {
+                let chunks = finished(one, chunks);
+                return Ok(Received { chunks, rest: None, trailers });
+            }
+            Some(Err(_)) => return Err(Error::BrokenBody),
+            Some(Ok(frame)) => match frame.into_data() {
+                Ok(data) => {
+                    size += data.len();
+                    match one {
+                        None if chunks.is_empty() => one = Some(data),
+                        _ => {
+                            chunks.extend(one.take());
+                            chunks.push(data);
+                        }
+                    }
+                    // Knowing the end without asking for one more frame saves a turn of the loop.
+                    if body.is_end_stream() {
+                        return Ok(Received { chunks: finished(one, chunks), rest: None, trailers });
+                    }
+                }
+                Err(frame) => trailers = frame.into_trailers().ok(),
+            },
+        }
+    }
+    Ok(Received { chunks: finished(one, chunks), rest: Some(body), trailers })
+}
+
+fn finished(one: Option<Bytes>, chunks: Vec<Bytes>) -> Chunks {
+    if chunks.is_empty() { Chunks::One(one) } else { Chunks::Many(chunks.into()) }
+}
+
+fn joined(chunks: &[Bytes], one: &Option<Bytes>) -> Bytes {
+    one.clone().unwrap_or_else(|| chunks.concat().into())
+}
+
+/// The model that the call names.
+fn model(received: &Received, call: &Call) -> Result<Option<Box<str>>, Error> {
+    let contiguous = || match received.chunks() {
+        [one] => one.clone(),
+        many => many.concat().into(),
+    };
+    match &call.model {
+        ModelIn::None => Ok(None),
+        ModelIn::Path(name) => Ok(Some(name.clone())),
+        ModelIn::JsonBody => call::model_in_json(&contiguous()).map(|name| Some(name.into())),
+        ModelIn::FirstMessage => match call::model_in_message(&contiguous())? {
+            Some(name) => Ok(Some(name.into())),
+            None => Err(Error::Malformed("the first message names no model")),
+        },
+    }
+}
+
+/// The body of one attempt: what was kept, then the rest as it comes.
+#[derive(Debug)]
+pub(crate) struct RequestBody {
+    chunks: Chunks,
+    next: usize,
+    rest: Option<Incoming>,
+    trailers: Option<HeaderMap>,
+}
+
+/// The client's side of a body broke: not the endpoint's fault.
+#[derive(Debug, thiserror::Error)]
+#[error("the client's body broke off")]
+pub(crate) struct ClientBodyError(#[source] hyper::Error);
+
+impl RequestBody {
+    /// A body of nothing.
+    pub(crate) fn empty() -> RequestBody {
+        RequestBody { chunks: Chunks::One(None), next: 0, rest: None, trailers: None }
+    }
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = ClientBodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, ClientBodyError>>> {
+        if let Some(chunk) = self.chunks.as_slice().get(self.next).cloned() {
+            self.next += 1;
+            return Poll::Ready(Some(Ok(Frame::data(chunk))));
+        }
+        match &mut self.rest {
+            Some(rest) => Pin::new(rest).poll_frame(context).map_err(ClientBodyError),
+            None => Poll::Ready(self.trailers.take().map(|trailers| Ok(Frame::trailers(trailers)))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.next >= self.chunks.as_slice().len()
+            && self.trailers.is_none()
+            && self.rest.as_ref().is_none_or(Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let kept = self.chunks.as_slice().iter().skip(self.next).map(|chunk| chunk.len() as u64).sum();
+        let rest = self.rest.as_ref().map_or(SizeHint::with_exact(0), Body::size_hint);
+        let mut hint = SizeHint::new();
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper.saturating_add(kept));
+        }
+        hint.set_lower(rest.lower().saturating_add(kept));
+        hint
+    }
+}
+
+/// The body of an answer: the gateway's own words, or an endpoint's frames. At its end, however that comes, the
+/// request's last things are done: the connection goes back to its pool, the load falls, the line is logged.
+#[derive(Debug)]
+pub(crate) struct ResponseBody {
+    source: Source,
+    finish: Option<Box<Finish>>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Own(Option<Bytes>),
+    Endpoint(Incoming),
+}
+
+impl ResponseBody {
+    pub(crate) fn own(bytes: Bytes, mut finish: Box<Finish>) -> ResponseBody {
+        // hyper does not ask an empty body for frames.
+        if bytes.is_empty() {
+            finish.complete();
+        }
+        ResponseBody { source: Source::Own(Some(bytes)), finish: Some(finish) }
+    }
+
+    pub(crate) fn endpoint(body: Incoming, mut finish: Box<Finish>) -> ResponseBody {
+        if body.is_end_stream() {
+            finish.complete();
+        }
+        ResponseBody { source: Source::Endpoint(body), finish: Some(finish) }
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let polled = match &mut self.source {
+            Source::Own(bytes) => {
+                Poll::Ready(bytes.take().filter(|bytes| !bytes.is_empty()).map(|bytes| Ok(Frame::data(bytes))))
+            }
+            Source::Endpoint(body) => Pin::new(body).poll_frame(context),
+        };
+        let ended = match &polled {
+            Poll::Pending => false,
+            Poll::Ready(Some(Ok(frame))) => {
+                if let (Some(finish), Some(data)) = (&mut self.finish, frame.data_ref()) {
+                    finish.sent(data.len());
+                }
+                self.is_end_stream()
+            }
+            Poll::Ready(Some(Err(_))) => {
+                if let Some(finish) = &mut self.finish {
+                    finish.broken();
+                }
+                false
+            }
+            Poll::Ready(None) => true,
+        };
+        if ended && let Some(finish) = &mut self.finish {
+            finish.complete();
+            self.finish = None;
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.source {
+            Source::Own(bytes) => bytes.as_ref().is_none_or(Bytes::is_empty),
+            Source::Endpoint(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.source {
+            Source::Own(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+            Source::Endpoint(body) => body.size_hint(),
+        }
+    }
+}

@@ -1,0 +1,392 @@
+//! What is asked for: the path and method turned into one of the calls that the gateway knows.
+
+use std::borrow::Cow;
+
+use bytes::Bytes;
+use http::Method;
+use http::header::CONTENT_TYPE;
+use http::request::Parts;
+
+use crate::error::Error;
+
+/// The protocol that the caller speaks, and in which it must be refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Dialect {
+    /// Open Inference Protocol v2 over HTTP.
+    Oip,
+    /// OpenAI's API.
+    OpenAi,
+    /// gRPC.
+    Grpc,
+}
+
+/// Where the model is named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ModelIn {
+    /// Nowhere: the call is about the server.
+    None,
+    /// In the path.
+    Path(Box<str>),
+    /// In the member `model` of a JSON body, which has to be read whole.
+    JsonBody,
+    /// In field 1 of the first protobuf message.
+    FirstMessage,
+}
+
+/// How the body is handled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BodyMode {
+    /// Read whole, refused beyond a bound.
+    Whole,
+    /// Kept for a second attempt while it is small, streamed otherwise.
+    Keep,
+    /// Streamed, once.
+    Stream,
+}
+
+/// One call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Call {
+    pub(crate) dialect: Dialect,
+    pub(crate) model: ModelIn,
+    pub(crate) body: BodyMode,
+    /// Doing it twice does no harm. A body can still say otherwise: see [`is_sequence`].
+    pub(crate) replayable: bool,
+    /// Answered by the gateway: the list of models.
+    pub(crate) list_models: bool,
+}
+
+/// The dialect that a path belongs to, so that even a malformed request is refused in words its client reads.
+pub(crate) fn dialect(head: &Parts) -> Dialect {
+    let grpc = head.headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
+    match head.uri.path() {
+        _ if grpc => Dialect::Grpc,
+        path if path == "/v1" || path.starts_with("/v1/") => Dialect::OpenAi,
+        _ => Dialect::Oip,
+    }
+}
+
+/// Finds the call.
+///
+/// # Errors
+/// A path or a method that is not served, or a call that is not for tenants.
+pub(crate) fn parse(head: &Parts) -> Result<Call, Error> {
+    match dialect(head) {
+        Dialect::Grpc => grpc(head),
+        Dialect::OpenAi => openai(head),
+        Dialect::Oip => oip(head),
+    }
+}
+
+/// OpenAI's API, as far as workers speak it.
+fn openai(head: &Parts) -> Result<Call, Error> {
+    let (method, replayable) = match head.uri.path() {
+        "/v1/embeddings" => (Method::POST, true),
+        // Generation is never replayed: its client may have begun to read.
+        "/v1/completions" | "/v1/chat/completions" => (Method::POST, false),
+        "/v1/models" => (Method::GET, true),
+        _ => return Err(Error::NoRoute),
+    };
+    if head.method != method {
+        return Err(Error::MethodNotAllowed);
+    }
+    let list_models = method == Method::GET;
+    Ok(Call {
+        dialect: Dialect::OpenAi,
+        model: if list_models { ModelIn::None } else { ModelIn::JsonBody },
+        body: BodyMode::Whole,
+        replayable,
+        list_models,
+    })
+}
+
+/// The Open Inference Protocol v2 over HTTP
+/// (<https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md>), with the
+/// statistics and repository extensions.
+fn oip(head: &Parts) -> Result<Call, Error> {
+    let path = head.uri.path();
+    let mut segments = path.strip_prefix("/v2").ok_or(Error::NoRoute)?.split('/');
+    if segments.next() != Some("") {
+        return Err(Error::NoRoute);
+    }
+    let segments: [Option<&str>; 6] = std::array::from_fn(|_| segments.next());
+    let get = |model| (Method::GET, model, BodyMode::Keep);
+    let (method, model, body) = match segments {
+        [None, ..] | [Some(""), None, ..] => get(ModelIn::None),
+        [Some("health"), Some("live" | "ready"), None, ..] => get(ModelIn::None),
+        [Some("models"), Some(model), None, ..] => get(named(model)?),
+        [Some("models"), Some(model), Some("ready" | "config" | "stats"), None, ..] => get(named(model)?),
+        [Some("models"), Some(model), Some("versions"), Some(_), None, _] => get(named(model)?),
+        [Some("models"), Some(model), Some("versions"), Some(_), Some("ready" | "config" | "stats"), None] => {
+            get(named(model)?)
+        }
+        [Some("models"), Some(model), Some("infer"), None, ..]
+        | [Some("models"), Some(model), Some("versions"), Some(_), Some("infer"), None] => {
+            (Method::POST, named(model)?, BodyMode::Keep)
+        }
+        [Some("repository"), Some("index"), None, ..] => (Method::POST, ModelIn::None, BodyMode::Keep),
+        [Some("repository"), ..] => return Err(Error::CallForbidden),
+        _ => return Err(Error::NoRoute),
+    };
+    if head.method != method {
+        return Err(Error::MethodNotAllowed);
+    }
+    Ok(Call { dialect: Dialect::Oip, model, body, replayable: true, list_models: false })
+}
+
+fn named(segment: &str) -> Result<ModelIn, Error> {
+    if segment.is_empty() {
+        return Err(Error::NoRoute);
+    }
+    Ok(ModelIn::Path(percent_decoded(segment).ok_or(Error::Malformed("the model's name is not UTF-8"))?.into()))
+}
+
+/// RFC 3986, section 2.1.
+fn percent_decoded(segment: &str) -> Option<Cow<'_, str>> {
+    if !segment.contains('%') {
+        return Some(Cow::Borrowed(segment));
+    }
+    let mut decoded = Vec::with_capacity(segment.len());
+    let mut bytes = segment.bytes();
+    while let Some(byte) = bytes.next() {
+        decoded.push(match byte {
+            b'%' => {
+                let mut digit = || char::from(bytes.next()?).to_digit(16);
+                u8::try_from(digit()? * 16 + digit()?).ok()?
+            }
+            byte => byte,
+        });
+    }
+    String::from_utf8(decoded).ok().map(Cow::Owned)
+}
+
+/// The protocol's gRPC service (`inference.GRPCInferenceService`) and gRPC's own health service.
+fn grpc(head: &Parts) -> Result<Call, Error> {
+    if head.method != Method::POST {
+        return Err(Error::MethodNotAllowed);
+    }
+    let call =
+        |model, body, replayable| Ok(Call { dialect: Dialect::Grpc, model, body, replayable, list_models: false });
+    let Some(method) = head.uri.path().strip_prefix("/inference.GRPCInferenceService/") else {
+        return match head.uri.path() {
+            "/grpc.health.v1.Health/Check" => call(ModelIn::None, BodyMode::Keep, true),
+            "/grpc.health.v1.Health/Watch" => call(ModelIn::None, BodyMode::Keep, false),
+            _ => Err(Error::NoRoute),
+        };
+    };
+    match method {
+        "ServerLive" | "ServerReady" | "ServerMetadata" | "RepositoryIndex" => {
+            call(ModelIn::None, BodyMode::Keep, true)
+        }
+        // The model's name is field 1 of each of these requests.
+        "ModelReady" | "ModelMetadata" | "ModelInfer" | "ModelConfig" | "ModelStatistics" => {
+            call(ModelIn::FirstMessage, BodyMode::Keep, true)
+        }
+        "ModelStreamInfer" => call(ModelIn::FirstMessage, BodyMode::Stream, false),
+        "RepositoryModelLoad" | "RepositoryModelUnload" => Err(Error::CallForbidden),
+        _ => Err(Error::NoRoute),
+    }
+}
+
+/// The member `model` of a JSON body.
+///
+/// # Errors
+/// A body that is no JSON object, or has no such member.
+pub(crate) fn model_in_json(body: &[u8]) -> Result<Cow<'_, str>, Error> {
+    #[derive(serde::Deserialize)]
+    struct Named<'a> {
+        #[serde(borrow)]
+        model: Option<Cow<'a, str>>,
+    }
+    let named: Named<'_> =
+        serde_json::from_slice(body).map_err(|_| Error::Malformed("the body is no JSON object that names a model"))?;
+    named.model.ok_or(Error::Malformed("the body has no member `model`"))
+}
+
+/// Field 1 of the protobuf message that the body begins with, behind gRPC's prefix of five bytes.
+/// `Ok(None)`: more bytes are needed.
+///
+/// # Errors
+/// A message that is compressed or malformed.
+pub(crate) fn model_in_message(body: &[u8]) -> Result<Option<&str>, Error> {
+    const MALFORMED: Error = Error::Malformed("the message is no protobuf that names a model");
+    let Some((&[compressed, length @ ..], rest)) = body.split_first_chunk::<5>() else { return Ok(None) };
+    if compressed != 0 {
+        return Err(Error::Malformed("the first message is compressed; its model cannot be read"));
+    }
+    let length = u32::from_be_bytes(length) as usize;
+    let whole = rest.len() >= length;
+    let mut message = &rest[..rest.len().min(length)];
+    // Field 1 comes first in practice, but protobuf does not promise it.
+    while !message.is_empty() {
+        let Some(tag) = varint(&mut message) else { break };
+        let skipped = match tag & 7 {
+            0 => varint(&mut message).map(|_| 0),
+            1 => Some(8),
+            2 => match varint(&mut message) {
+                Some(size) if tag >> 3 == 1 => {
+                    let size = usize::try_from(size).map_err(|_| MALFORMED)?;
+                    match message.get(..size) {
+                        Some(name) => return std::str::from_utf8(name).map(Some).map_err(|_| MALFORMED),
+                        None => None,
+                    }
+                }
+                size => size,
+            },
+            5 => Some(4),
+            _ => return Err(MALFORMED),
+        };
+        match skipped.and_then(|size| message.get(usize::try_from(size).ok()?..)) {
+            Some(rest) => message = rest,
+            None => break,
+        }
+    }
+    // A message that has ended without the field has its default: no name, which no region declares.
+    if whole { if message.is_empty() { Ok(Some("")) } else { Err(MALFORMED) } } else { Ok(None) }
+}
+
+fn varint(bytes: &mut &[u8]) -> Option<u64> {
+    let mut value = 0_u64;
+    for shift in (0..64).step_by(7) {
+        let (&byte, rest) = bytes.split_first()?;
+        *bytes = rest;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Some(value);
+        }
+    }
+    None
+}
+
+/// Whether the body asks for a stateful sequence (`sequence_id` among its parameters), which must not be sent twice.
+///
+/// A plain search for the name: it can only err towards not sending twice. The name stands as it is in JSON and in
+/// protobuf alike.
+pub(crate) fn is_sequence(chunks: &[Bytes]) -> bool {
+    const NAME: &[u8] = b"sequence_id";
+    chunks.iter().any(|chunk| memchr::memmem::find(chunk, NAME).is_some())
+        // The name may lie across two frames.
+        || chunks.windows(2).any(|pair| {
+            let tail = &pair[0][pair[0].len().saturating_sub(NAME.len() - 1)..];
+            let head = &pair[1][..pair[1].len().min(NAME.len() - 1)];
+            memchr::memmem::find(&[tail, head].concat(), NAME).is_some()
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Request;
+
+    use super::*;
+
+    fn parsed(method: &str, path: &str, grpc: bool) -> Result<Call, Error> {
+        let kind = if grpc { "application/grpc+proto" } else { "application/json" };
+        let request = Request::builder().method(method).uri(path).header(CONTENT_TYPE, kind).body(());
+        parse(&request.expect("valid").into_parts().0)
+    }
+
+    #[test]
+    fn the_calls_of_the_clients_are_known() {
+        let model = |name: &str| ModelIn::Path(name.into());
+        let rows = [
+            ("GET", "/v2", ModelIn::None),
+            ("GET", "/v2/", ModelIn::None),
+            ("GET", "/v2/health/live", ModelIn::None),
+            ("GET", "/v2/health/ready", ModelIn::None),
+            ("GET", "/v2/models/m", model("m")),
+            ("GET", "/v2/models/m/ready", model("m")),
+            ("GET", "/v2/models/m/config", model("m")),
+            ("GET", "/v2/models/m/stats", model("m")),
+            ("GET", "/v2/models/m/versions/1", model("m")),
+            ("GET", "/v2/models/m/versions/1/ready", model("m")),
+            ("POST", "/v2/models/m/infer", model("m")),
+            ("POST", "/v2/models/m/versions/1/infer", model("m")),
+            ("POST", "/v2/models/org%2Fm/infer", model("org/m")),
+            ("POST", "/v2/repository/index", ModelIn::None),
+            ("POST", "/v1/embeddings", ModelIn::JsonBody),
+            ("POST", "/v1/chat/completions", ModelIn::JsonBody),
+            ("GET", "/v1/models", ModelIn::None),
+        ];
+        for (method, path, expected) in rows {
+            assert_eq!(parsed(method, path, false).map(|call| call.model), Ok(expected), "{method} {path}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_served_is_refused_with_its_reason() {
+        let rows = [
+            ("GET", "/", Error::NoRoute),
+            ("GET", "/v2x", Error::NoRoute),
+            ("GET", "/v2/models", Error::NoRoute),
+            ("GET", "/v2/models/", Error::NoRoute),
+            ("GET", "/v2/models/m/infer", Error::MethodNotAllowed),
+            ("POST", "/v2/models/m/infer/more", Error::NoRoute),
+            ("POST", "/v2/models/m/versions/1/infer/more", Error::NoRoute),
+            ("POST", "/v2/models/%ff/infer", Error::Malformed("the model's name is not UTF-8")),
+            ("POST", "/v2/repository/models/m/load", Error::CallForbidden),
+            ("POST", "/v2/repository/models/m/unload", Error::CallForbidden),
+            ("GET", "/v1/embeddings", Error::MethodNotAllowed),
+            ("POST", "/v1/files", Error::NoRoute),
+        ];
+        for (method, path, expected) in rows {
+            assert_eq!(parsed(method, path, false), Err(expected), "{method} {path}");
+        }
+        for (path, expected) in [
+            ("/inference.GRPCInferenceService/RepositoryModelLoad", Error::CallForbidden),
+            ("/inference.GRPCInferenceService/Other", Error::NoRoute),
+            ("/other.Service/ModelInfer", Error::NoRoute),
+        ] {
+            assert_eq!(parsed("POST", path, true), Err(expected), "{path}");
+        }
+    }
+
+    #[test]
+    fn generation_and_streams_are_never_replayed() {
+        for path in ["/v1/chat/completions", "/v1/completions"] {
+            assert!(!parsed("POST", path, false).expect("known").replayable);
+        }
+        assert!(!parsed("POST", "/inference.GRPCInferenceService/ModelStreamInfer", true).expect("known").replayable);
+        assert!(parsed("POST", "/inference.GRPCInferenceService/ModelInfer", true).expect("known").replayable);
+    }
+
+    #[test]
+    fn the_model_is_read_from_json() {
+        assert_eq!(model_in_json(br#"{"input":["a"],"model":"m\u0031"}"#).as_deref(), Ok("m1"));
+        for bad in ["", "[]", "{", r#"{"input":1}"#, r#"{"model":1}"#, r#"{"model":null}"#, r#"{"model":"m"} x"#] {
+            assert!(model_in_json(bad.as_bytes()).is_err(), "{bad}");
+        }
+    }
+
+    fn message(compressed: u8, bytes: &[u8]) -> Vec<u8> {
+        [&[compressed], &(bytes.len() as u32).to_be_bytes()[..], bytes].concat()
+    }
+
+    #[test]
+    fn the_model_is_read_from_the_first_message_wherever_it_stands() {
+        let first = message(0, b"\x0a\x01m\x12\x011");
+        assert_eq!(model_in_message(&first), Ok(Some("m")));
+        // Version first, then a varint, a fixed 64, a fixed 32, then the name.
+        let later = message(0, b"\x12\x011\x18\x96\x01\x21\0\0\0\0\0\0\0\0\x2d\0\0\0\0\x0a\x02mm");
+        assert_eq!(model_in_message(&later), Ok(Some("mm")));
+        for at in 0..later.len() - 1 {
+            assert_eq!(model_in_message(&later[..at]), Ok(None), "{at} bytes");
+        }
+        assert_eq!(model_in_message(&message(0, b"")), Ok(Some("")));
+        assert!(model_in_message(&message(1, b"\x0a\x01m")).is_err());
+        assert!(model_in_message(&message(0, b"\x0a\x05m")).is_err(), "a length beyond the message");
+        assert!(model_in_message(&message(0, b"\x0a\x01\xff")).is_err(), "no UTF-8");
+        assert!(model_in_message(&message(0, b"\x0f")).is_err(), "no such wire type");
+        assert!(model_in_message(&message(0, &[0x80; 20])).is_err(), "an endless number");
+        assert!(model_in_message(&message(0, b"\x12\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")).is_err());
+    }
+
+    #[test]
+    fn a_sequence_is_seen_even_across_frames() {
+        let chunks = |parts: &[&'static str]| parts.iter().map(|part| Bytes::from_static(part.as_bytes())).collect();
+        let see = |parts: &[&'static str]| is_sequence(&Vec::<Bytes>::from_iter::<Vec<Bytes>>(chunks(parts)));
+        assert!(see(&[r#"{"parameters":{"sequence_id":7}}"#]));
+        assert!(see(&[r#"{"parameters":{"sequ"#, r#"ence_id":7}}"#]));
+        assert!(!see(&[r#"{"parameters":{"sequ"#, r#"ential":7}}"#]));
+        assert!(!see(&[]));
+    }
+}

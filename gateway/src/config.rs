@@ -1,0 +1,290 @@
+//! The configuration: public, typed, always valid.
+//!
+//! A directory is read in three steps: [`document`] reads each file and tells all of its problems, [`file`](mod@file) is
+//! the form in which it is written, [`build`] turns that into what is here and opens what the files name (certificates,
+//! databases, keys). Whoever holds a [`Config`] holds one that can be served.
+
+mod build;
+
+mod document;
+
+mod file;
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use ipnet::IpNet;
+use isochrone_core::geo::{Country, Location};
+use isochrone_core::region::Region;
+use isochrone_core::residency::Residency;
+use isochrone_core::{health, outlier, steer};
+
+pub use build::load;
+pub use document::Problem;
+
+use crate::geo::Database;
+
+/// Everything that one directory says.
+#[derive(Debug)]
+pub struct Config {
+    /// A digest of the files: the name of this state of them.
+    pub revision: Box<str>,
+    /// `service.instance.id`.
+    pub instance: Box<str>,
+    /// Threads that serve requests.
+    pub cores: usize,
+    /// The zones that the gateway stands in.
+    pub zones: Vec<Box<str>>,
+    /// Where clients connect.
+    pub listeners: Vec<Listener>,
+    /// Where the operator connects.
+    pub admin: SocketAddr,
+    /// The tenant of requests without credentials.
+    pub anonymous: Option<Box<str>>,
+    /// The databases, in the order in which they are asked.
+    pub geoip: Vec<Arc<Database>>,
+    /// Locations above GeoIP, longest prefix first.
+    pub overrides: Vec<(IpNet, Location)>,
+    /// How regions are scored.
+    pub steering: steer::Steering,
+    /// (countries, zones that their clients are held to).
+    pub country_rules: Vec<(Vec<Country>, Vec<Box<str>>)>,
+    /// Active health.
+    pub probes: Probes,
+    /// Passive health.
+    pub outlier: outlier::Rules,
+    /// How a request is tried.
+    pub attempts: Attempts,
+    /// Bounds.
+    pub limits: Limits,
+    /// How the process ends.
+    pub shutdown: Shutdown,
+    /// Traces and logs.
+    pub telemetry: Telemetry,
+    /// How long the directory must be quiet before a change is read.
+    pub settle: Duration,
+    /// The regions, by name.
+    pub regions: Vec<RegionConfig>,
+    /// The tenants, by name.
+    pub tenants: Vec<Tenant>,
+    /// The files that the configuration names.
+    pub files: BTreeSet<PathBuf>,
+}
+
+/// A directory that cannot be served, and why.
+#[derive(Clone, Debug)]
+pub struct Rejected {
+    /// A digest of the files, as far as they could be read.
+    pub revision: Box<str>,
+    /// All that is wrong.
+    pub problems: Vec<Problem>,
+}
+
+/// One address that clients connect to.
+#[derive(Clone, Debug)]
+pub struct Listener {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Its certificate, unless it speaks plain HTTP.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
+    /// Whom to believe about the client's address.
+    pub trust: Arc<Trust>,
+}
+
+/// Which peers are believed about the client's address, and where they say it.
+#[derive(Clone, Debug)]
+pub struct Trust {
+    /// The believed peers.
+    pub proxies: Vec<IpNet>,
+    /// The one header that is read.
+    pub source: ForwardedBy,
+}
+
+impl Config {
+    /// The directories in which a change of a file can change what this configuration means.
+    pub fn watched(&self, directory: &std::path::Path) -> BTreeSet<PathBuf> {
+        let parents = self.files.iter().filter_map(|file| file.parent());
+        parents.map(std::path::Path::to_owned).chain([directory.to_owned(), directory.join("regions")]).collect()
+    }
+}
+
+impl Trust {
+    /// Whether the address is a trusted proxy's.
+    pub fn trusts(&self, address: IpAddr) -> bool {
+        self.proxies.iter().any(|net| net.contains(&address))
+    }
+}
+
+/// How a trusted proxy says who its client is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ForwardedBy {
+    /// It does not: the peer is the client.
+    Peer,
+    /// `X-Forwarded-For`.
+    XForwardedFor,
+    /// `Forwarded` (RFC 7239).
+    Forwarded,
+}
+
+/// Active health.
+#[derive(Clone, Copy, Debug)]
+pub struct Probes {
+    /// Between two probes of an endpoint.
+    pub interval: Duration,
+    /// Share of the interval by which each wait varies either way.
+    pub jitter: f32,
+    /// The longest wait for an answer.
+    pub timeout: Duration,
+    /// Results in a row that change the judgement.
+    pub thresholds: health::Thresholds,
+    /// The memory of the measured round trip.
+    pub decay: Duration,
+}
+
+/// How a request is tried.
+#[derive(Clone, Copy, Debug)]
+pub struct Attempts {
+    /// The most sends, the first included.
+    pub max: usize,
+    /// Extra attempts as a share of requests.
+    pub budget_share: f32,
+    /// Extra attempts a second beyond the share.
+    pub budget_floor: u32,
+    /// The longest wait for a connection.
+    pub connect_timeout: Duration,
+    /// From the request's head to the response's.
+    pub timeout: Duration,
+    /// Bodies up to this many bytes can be sent again.
+    pub replay_bytes: usize,
+}
+
+/// The most attempts that a configuration may ask for.
+pub const ATTEMPTS_MAX: usize = 8;
+
+/// Bounds on what clients may do.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The longest wait for a request's head.
+    pub header_timeout: Duration,
+    /// The longest wait for a body that is read whole.
+    pub body_timeout: Duration,
+    /// The largest head.
+    pub header_bytes: usize,
+    /// The largest OpenAI body.
+    pub openai_bytes: usize,
+    /// Client connections.
+    pub connections: usize,
+    /// Requests at once on one HTTP/2 connection.
+    pub streams: u32,
+    /// Requests at once.
+    pub in_flight: usize,
+}
+
+/// How the process ends.
+#[derive(Clone, Copy, Debug)]
+pub struct Shutdown {
+    /// Not ready, but still accepting.
+    pub delay: Duration,
+    /// The longest wait for requests in flight.
+    pub grace: Duration,
+}
+
+/// Traces and logs.
+#[derive(Clone, Debug)]
+pub struct Telemetry {
+    /// The collector.
+    pub otlp: Option<Box<str>>,
+    /// The share of requests that is traced.
+    pub sampling: f64,
+    /// One line a request.
+    pub access_log: bool,
+    /// Whole client addresses in logs and traces.
+    pub full_addresses: bool,
+}
+
+/// One region file.
+#[derive(Debug)]
+pub struct RegionConfig {
+    /// What the decisions need.
+    pub region: Region,
+    /// Its endpoints.
+    pub endpoints: Vec<EndpointConfig>,
+    /// The models that it serves.
+    pub models: BTreeSet<Box<str>>,
+}
+
+/// One endpoint of a region.
+#[derive(Clone, Debug)]
+pub struct EndpointConfig {
+    /// Everything about it in one string: equal ids are the same endpoint, whose live state survives a reload.
+    pub id: Box<str>,
+    /// The region that its probe must name.
+    pub region: Arc<str>,
+    /// Where it takes HTTP.
+    pub http: Option<Target>,
+    /// Where it takes gRPC.
+    pub grpc: Option<Target>,
+    /// Whether its probe must name its region before it is used.
+    pub assert_region: bool,
+}
+
+/// One address of an endpoint.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// `host:port`, as in the URL.
+    pub authority: http::HeaderValue,
+    /// Whom to connect to.
+    pub address: Address,
+    /// TLS, with the authorities that it must be signed by.
+    pub tls: Option<TargetTls>,
+    /// HTTP/2 from the first byte, without TLS to agree on it.
+    pub http2: bool,
+}
+
+/// How to speak TLS to an endpoint.
+#[derive(Clone, Debug)]
+pub struct TargetTls {
+    /// Authorities and ALPN.
+    pub config: Arc<rustls::ClientConfig>,
+    /// The name that the certificate must have.
+    pub server_name: rustls::pki_types::ServerName<'static>,
+}
+
+/// Whom to connect to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// An address, as it stands.
+    Ip(SocketAddr),
+    /// A host to be resolved, and a port.
+    Name(Box<str>, u16),
+}
+
+/// One tenant.
+#[derive(Debug)]
+pub struct Tenant {
+    /// Its name.
+    pub name: Box<str>,
+    /// SHA-256 of each of its keys.
+    pub keys: Vec<[u8; 32]>,
+    /// Where its requests may go.
+    pub residency: Residency,
+    /// The models that it may use; empty: all.
+    pub models: BTreeSet<Box<str>>,
+}
+
+/// Databases that have been read before, so that a change of a region file does not read them again.
+#[derive(Debug, Default)]
+pub struct Opened {
+    databases: HashMap<PathBuf, (Stamp, Arc<Database>)>,
+}
+
+/// What changes when a file does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    modified: Option<SystemTime>,
+    length: u64,
+    inode: u64,
+}

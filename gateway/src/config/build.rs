@@ -1,0 +1,660 @@
+//! From the mirror to [`Config`]: every rule that the types cannot hold, with all problems told together.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt::Write as _;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use isochrone_core::geo::{Country, Location, Point, Source};
+use isochrone_core::region::{REGIONS_MAX, Region};
+use isochrone_core::residency::Residency;
+use isochrone_core::{health, outlier, steer};
+use sha2::{Digest, Sha256};
+use toml::de::{DeTable, DeValue};
+
+use super::document::{Document, Problem, lay_under};
+use super::{
+    ATTEMPTS_MAX, Address, Attempts, Config, EndpointConfig, ForwardedBy, Limits, Listener, Opened, Probes,
+    RegionConfig, Rejected, Shutdown, Stamp, Target, TargetTls, Telemetry, Tenant, Trust, file,
+};
+use crate::geo::Database;
+use crate::tls;
+
+/// Every setting with its default.
+const REFERENCE: &str = include_str!("../../../config/reference.toml");
+
+/// Reads a directory. `opened` remembers the databases between two readings.
+///
+/// # Errors
+/// Every problem of every file.
+pub fn load(directory: &Path, opened: &mut Opened) -> Result<Config, Rejected> {
+    let mut builder =
+        Builder { directory, opened, problems: Vec::new(), digest: Sha256::new(), files: BTreeSet::new() };
+    match builder.build() {
+        Some(config) if builder.problems.is_empty() => Ok(config),
+        _ => {
+            let revision = builder.revision();
+            let mut problems = builder.problems;
+            problems.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
+            Err(Rejected { revision, problems })
+        }
+    }
+}
+
+struct Builder<'a> {
+    directory: &'a Path,
+    opened: &'a mut Opened,
+    problems: Vec<Problem>,
+    digest: Sha256,
+    /// The files named in the configuration.
+    files: BTreeSet<PathBuf>,
+}
+
+impl Builder<'_> {
+    fn build(&mut self) -> Option<Config> {
+        let gateway_file = self.directory.join("gateway.toml");
+        let main = self.read(&gateway_file)?;
+        // The defaults for region files and tenants stand in gateway.toml, so nothing can be read without it.
+        let gateway = main.parse::<file::Gateway>(lay_gateway_defaults, &mut self.problems);
+        let defaults = Defaults::of(&main);
+
+        let regions = self.regions(&defaults);
+        let tenants = self.tenants(&defaults);
+        let overrides = self.locations();
+        let gateway = gateway?;
+
+        let listeners = self.listeners(&main, &gateway);
+        let geoip = self.geoip(&main, &gateway.geoip);
+        let country_rules = self.country_rules(&main, &gateway.country_rules);
+        let steering = self.steering(&main, &gateway);
+        self.bounds(&main, &gateway);
+        if let Some(name) = &gateway.identity.anonymous
+            && !tenants.iter().any(|tenant| tenant.name == *name)
+        {
+            self.say(&main, &["identity", "anonymous"], format!("there is no tenant `{name}` in tenants.toml"));
+        }
+        Some(Config {
+            revision: self.revision(),
+            instance: instance(&gateway.gateway.instance),
+            cores: match gateway.gateway.cores {
+                0 => std::thread::available_parallelism().map_or(1, Into::into),
+                cores => cores,
+            },
+            zones: sorted(gateway.gateway.zones),
+            listeners,
+            admin: gateway.admin.address,
+            anonymous: gateway.identity.anonymous,
+            geoip,
+            overrides,
+            steering,
+            country_rules,
+            probes: Probes {
+                interval: gateway.probes.interval.0,
+                jitter: gateway.probes.jitter,
+                timeout: gateway.probes.timeout.0,
+                thresholds: health::Thresholds { healthy: gateway.probes.healthy, unhealthy: gateway.probes.unhealthy },
+                decay: gateway.probes.decay.0,
+            },
+            outlier: outlier::Rules {
+                consecutive_failures: gateway.outlier.consecutive_failures,
+                ejection: gateway.outlier.ejection.0,
+                ejection_max: gateway.outlier.ejection_max.0,
+            },
+            attempts: Attempts {
+                max: gateway.attempts.max,
+                budget_share: gateway.attempts.budget_share,
+                budget_floor: gateway.attempts.budget_floor_per_second,
+                connect_timeout: gateway.attempts.connect_timeout.0,
+                timeout: gateway.attempts.timeout.0,
+                replay_bytes: bytes(gateway.attempts.replay_buffer),
+            },
+            limits: Limits {
+                header_timeout: gateway.limits.header_timeout.0,
+                body_timeout: gateway.limits.body_timeout.0,
+                header_bytes: bytes(gateway.limits.header_bytes),
+                openai_bytes: bytes(gateway.limits.openai_body),
+                connections: gateway.limits.connections,
+                streams: gateway.limits.streams,
+                in_flight: gateway.limits.in_flight,
+            },
+            shutdown: Shutdown { delay: gateway.shutdown.delay.0, grace: gateway.shutdown.grace.0 },
+            telemetry: Telemetry {
+                otlp: gateway.telemetry.otlp.map(Into::into),
+                sampling: gateway.telemetry.sampling,
+                access_log: gateway.telemetry.access_log,
+                full_addresses: gateway.telemetry.full_addresses,
+            },
+            settle: gateway.reload.settle.0,
+            regions,
+            tenants,
+            files: std::mem::take(&mut self.files),
+        })
+    }
+
+    fn revision(&self) -> Box<str> {
+        hex(&self.digest.clone().finalize()[..6]).into()
+    }
+
+    /// Reads one file into the digest.
+    fn read(&mut self, path: &Path) -> Option<Document> {
+        match Document::read(path) {
+            Ok(document) => {
+                // Name and length too, so that moving text from one file to the next is another revision.
+                self.digest.update(path.file_name().unwrap_or_default().as_encoded_bytes());
+                self.digest.update(document.text.len().to_le_bytes());
+                self.digest.update(&document.text);
+                Some(document)
+            }
+            Err(problem) => {
+                self.problems.push(problem);
+                None
+            }
+        }
+    }
+
+    fn say(&mut self, document: &Document, path: &[&str], message: impl Into<String>) {
+        self.problems.push(document.problem(path, message));
+    }
+
+    fn bounds(&mut self, main: &Document, gateway: &file::Gateway) {
+        let checks: [(bool, &[&str], &str); 15] = [
+            (gateway.gateway.cores <= 1024, &["gateway", "cores"], "at most 1024"),
+            (
+                !gateway.listeners.is_empty(),
+                &["listeners"],
+                "add a [[listeners]] table: without one nobody can connect",
+            ),
+            ((0.0..=1.0).contains(&gateway.telemetry.sampling), &["telemetry", "sampling"], "from 0.0 to 1.0"),
+            ((1..=ATTEMPTS_MAX).contains(&gateway.attempts.max), &["attempts", "max"], "from 1 to 8"),
+            ((0.0..=1.0).contains(&gateway.attempts.budget_share), &["attempts", "budget_share"], "from 0.0 to 1.0"),
+            (
+                gateway.attempts.budget_floor_per_second <= 100_000,
+                &["attempts", "budget_floor_per_second"],
+                "at most 100000",
+            ),
+            (!gateway.attempts.timeout.0.is_zero(), &["attempts", "timeout"], "longer than zero"),
+            (!gateway.attempts.connect_timeout.0.is_zero(), &["attempts", "connect_timeout"], "longer than zero"),
+            (gateway.probes.interval.0 >= Duration::from_millis(10), &["probes", "interval"], "at least \"10ms\""),
+            (!gateway.probes.timeout.0.is_zero(), &["probes", "timeout"], "longer than zero"),
+            ((0.0..=0.9).contains(&gateway.probes.jitter), &["probes", "jitter"], "from 0.0 to 0.9"),
+            (
+                gateway.probes.healthy.min(gateway.probes.unhealthy) >= 1,
+                &["probes", "healthy"],
+                "thresholds are at least 1",
+            ),
+            (gateway.outlier.consecutive_failures >= 1, &["outlier", "consecutive_failures"], "at least 1"),
+            (gateway.limits.header_bytes.as_u64() >= 8192, &["limits", "header_bytes"], "at least \"8KiB\""),
+            (gateway.limits.streams >= 1 && gateway.limits.in_flight >= 1, &["limits"], "limits are at least 1"),
+        ];
+        for (holds, path, message) in checks {
+            if !holds {
+                self.say(main, path, message);
+            }
+        }
+    }
+
+    fn listeners(&mut self, main: &Document, gateway: &file::Gateway) -> Vec<Listener> {
+        let mut listeners: Vec<Listener> = Vec::new();
+        for (at, listener) in gateway.listeners.iter().enumerate() {
+            let at = at.to_string();
+            if listeners.iter().any(|other| other.address == listener.address) {
+                self.say(main, &["listeners", &at, "address"], format!("{} is listened on twice", listener.address));
+            }
+            let tls = listener.tls.as_ref().and_then(|tls| {
+                let (certificate, key) = (self.beside(main, &tls.certificate), self.beside(main, &tls.key));
+                match tls::server_config(&certificate, &key) {
+                    Ok(config) => Some(Arc::new(config)),
+                    Err((entry, message)) => {
+                        self.say(main, &["listeners", &at, "tls", entry], message);
+                        None
+                    }
+                }
+            });
+            let source = match listener.client_ip {
+                file::ClientIp::Peer => ForwardedBy::Peer,
+                file::ClientIp::XForwardedFor => ForwardedBy::XForwardedFor,
+                file::ClientIp::Forwarded => ForwardedBy::Forwarded,
+            };
+            let trust = Arc::new(Trust { proxies: listener.trusted_proxies.clone(), source });
+            listeners.push(Listener { address: listener.address, tls, trust });
+        }
+        listeners
+    }
+
+    fn geoip(&mut self, main: &Document, geoip: &file::GeoIp) -> Vec<Arc<Database>> {
+        let mut databases = Vec::new();
+        let mut opened = HashMap::new();
+        for (at, path) in geoip.files.iter().enumerate() {
+            let path = self.beside(main, path);
+            match self.database(&path) {
+                Ok(database) => {
+                    databases.push(Arc::clone(&database.1));
+                    opened.insert(path, database);
+                }
+                Err(_) if geoip.optional && !path.exists() => {}
+                Err(message) => {
+                    let remedy = if path.exists() { "" } else { "; correct the path, or set geoip.optional = true" };
+                    self.say(
+                        main,
+                        &["geoip", "files", &at.to_string()],
+                        format!("{}: {message}{remedy}", path.display()),
+                    );
+                }
+            }
+        }
+        self.opened.databases = opened;
+        databases
+    }
+
+    fn database(&self, path: &Path) -> Result<(Stamp, Arc<Database>), String> {
+        let metadata = std::fs::metadata(path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => "there is no such file".to_owned(),
+            _ => format!("it cannot be read: {error}"),
+        })?;
+        let stamp = Stamp { modified: metadata.modified().ok(), length: metadata.len(), inode: metadata.ino() };
+        match self.opened.databases.get(path) {
+            Some((known, database)) if *known == stamp => Ok((stamp, Arc::clone(database))),
+            _ => Ok((stamp, Arc::new(Database::open(path)?))),
+        }
+    }
+
+    fn country_rules(&mut self, main: &Document, rules: &[file::CountryRule]) -> Vec<(Vec<Country>, Vec<Box<str>>)> {
+        let mut built = Vec::new();
+        for (at, rule) in rules.iter().enumerate() {
+            let countries = rule
+                .countries
+                .iter()
+                .filter_map(|code| self.country(main, &["country_rules", &at.to_string(), "countries"], code));
+            built.push((countries.collect(), rule.require.clone()));
+        }
+        built
+    }
+
+    fn steering(&mut self, main: &Document, gateway: &file::Gateway) -> steer::Steering {
+        let steering = &gateway.steering;
+        if !(1.0..=10.0).contains(&steering.route_inflation) {
+            self.say(main, &["steering", "route_inflation"], "from 1.0 (a straight line) to 10.0");
+        }
+        let place = match (gateway.gateway.latitude, gateway.gateway.longitude) {
+            (None, None) => None,
+            (latitude, longitude) => {
+                let point = Point::new(latitude.unwrap_or(f32::NAN), longitude.unwrap_or(f32::NAN));
+                if point.is_none() {
+                    self.say(main, &["gateway"], "latitude and longitude go together, within ±90 and ±180");
+                }
+                point
+            }
+        };
+        steer::Steering {
+            policy: match steering.policy {
+                file::Policy::Nearest => steer::Policy::Nearest,
+                file::Policy::Latency => steer::Policy::Latency,
+            },
+            route_inflation: steering.route_inflation,
+            constant_ms: steering.constant.0.as_secs_f32() * 1000.0,
+            gateway: place,
+        }
+    }
+
+    fn regions(&mut self, defaults: &Defaults<'_>) -> Vec<RegionConfig> {
+        let directory = self.directory.join("regions");
+        let files = match toml_files(&directory) {
+            Ok(files) => files,
+            Err(error) => {
+                let message = format!("it cannot be listed: {error}; region files belong here");
+                self.problems.push(Problem { file: directory, line: 0, column: 0, message });
+                return Vec::new();
+            }
+        };
+        if files.is_empty() || files.len() > REGIONS_MAX {
+            let message = match files.len() {
+                0 => "there is no region file here".to_owned(),
+                count => format!("{count} region files; at most {REGIONS_MAX}"),
+            };
+            self.problems.push(Problem { file: directory, line: 0, column: 0, message });
+        }
+        files.iter().filter_map(|path| self.region(path, defaults)).collect()
+    }
+
+    fn region(&mut self, path: &Path, defaults: &Defaults<'_>) -> Option<RegionConfig> {
+        let document = self.read(path)?;
+        let region: file::Region = document.parse(|table| defaults.lay_under_region(table), &mut self.problems)?;
+        let before = self.problems.len();
+        let name: Box<str> = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default().into();
+        if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b)) {
+            self.say(&document, &[], "a region's file name is made of letters, digits, `-`, `_` and `.`");
+        }
+        if let Some(other) = region.name.filter(|other| *other != name) {
+            self.say(
+                &document,
+                &["name"],
+                format!("the file is named `{name}.toml`, but the region `{other}`; make them one"),
+            );
+        }
+        let country = self.country(&document, &["country"], &region.country);
+        let point = Point::new(region.latitude, region.longitude);
+        if point.is_none() {
+            self.say(&document, &["latitude"], "latitude is within ±90, longitude within ±180");
+        }
+        if region.endpoints.is_empty() {
+            self.say(&document, &["endpoints"], "a region needs an [[endpoints]] table");
+        }
+        if region.models.is_empty() {
+            self.say(&document, &["models"], "a region needs a model: [models.NAME] for each that it serves");
+        }
+        let endpoints = region.endpoints.iter().enumerate();
+        let endpoints: Vec<_> =
+            endpoints.filter_map(|(at, endpoint)| self.endpoint(&document, &name, &at.to_string(), endpoint)).collect();
+        if self.problems.len() > before {
+            return None;
+        }
+        Some(RegionConfig {
+            region: Region { name, country: country?, point: point?, zones: sorted(region.zones), drain: region.drain },
+            endpoints,
+            models: region.models.into_keys().collect(),
+        })
+    }
+
+    fn endpoint(
+        &mut self,
+        document: &Document,
+        region: &str,
+        at: &str,
+        endpoint: &file::Endpoint,
+    ) -> Option<EndpointConfig> {
+        let place = ["endpoints", at];
+        if endpoint.http.is_none() && endpoint.grpc.is_none() {
+            self.say(document, &place, "an endpoint needs `http`, `grpc` or both");
+            return None;
+        }
+        let assert_region = endpoint.region_assertion == file::RegionAssertion::Probe;
+        if endpoint.http.is_none() && assert_region {
+            let message =
+                "without `http` there is no probe to name the region: add it, or region_assertion = \"trust-config\"";
+            self.say(document, &place, message);
+        }
+        let authorities = endpoint.tls.as_ref().map(|tls| {
+            let path = self.beside(document, &tls.ca);
+            tls::authorities(&path).map_err(|message| self.say(document, &["endpoints", at, "tls", "ca"], message))
+        });
+        let mut target = |kind: &str, url: &Option<String>, http2_only: bool| {
+            let url = url.as_ref()?;
+            let tls = endpoint.tls.as_ref().and_then(|tls| tls.server_name.as_deref());
+            let authorities = authorities.as_ref().map(|found| found.as_ref().ok());
+            match target(url, tls, authorities, endpoint.protocol, http2_only) {
+                Ok(target) => Some(target),
+                Err(message) => {
+                    self.say(document, &["endpoints", at, kind], message);
+                    None
+                }
+            }
+        };
+        let http = target("http", &endpoint.http, false);
+        let grpc = target("grpc", &endpoint.grpc, true);
+        let authorities = authorities.and_then(Result::ok).map(|(_, digest)| digest);
+        let mut id = String::new();
+        // Everything that a connection or a judgement depends on: a change of any makes it another endpoint.
+        let _ = write!(id, "{region} {:?} {:?} {authorities:?} ", endpoint.http, endpoint.grpc);
+        let _ = write!(
+            id,
+            "{:?} {:?} {:?}",
+            endpoint.tls.as_ref().map(|tls| &tls.server_name),
+            endpoint.protocol,
+            assert_region
+        );
+        Some(EndpointConfig { id: id.into(), region: Arc::from(region), http, grpc, assert_region })
+    }
+
+    fn tenants(&mut self, defaults: &Defaults<'_>) -> Vec<Tenant> {
+        let path = self.directory.join("tenants.toml");
+        if !path.exists() {
+            return Vec::new();
+        }
+        let Some(document) = self.read(&path) else { return Vec::new() };
+        let file = document.parse::<file::Tenants>(|table| defaults.lay_under_tenants(table), &mut self.problems);
+        let Some(file) = file else { return Vec::new() };
+        let mut holders: BTreeMap<[u8; 32], Box<str>> = BTreeMap::new();
+        let mut tenants = Vec::new();
+        for (name, tenant) in file.tenants {
+            let mut keys = Vec::new();
+            for (at, key) in tenant.keys.iter().enumerate() {
+                let place = ["tenants", &*name, "keys", &at.to_string()];
+                match self.key(&document, key) {
+                    Ok(key) => {
+                        if let Some(other) = holders.insert(key, name.clone()) {
+                            self.say(
+                                &document,
+                                &place,
+                                format!("the same key stands twice, here and at tenant `{other}`"),
+                            );
+                        }
+                        keys.push(key);
+                    }
+                    Err(message) => self.say(&document, &place, message),
+                }
+            }
+            let residency = match tenant.residency {
+                None => Residency::Any,
+                Some(file::Residency::Require(zones)) => Residency::Require(zones),
+                Some(file::Residency::Prefer(zones)) => Residency::Prefer(zones),
+            };
+            tenants.push(Tenant { name, keys, residency, models: tenant.models.into_iter().collect() });
+        }
+        tenants
+    }
+
+    fn key(&mut self, document: &Document, key: &file::Key) -> Result<[u8; 32], String> {
+        let parse = |hash: &str| {
+            let digits = hash.trim().strip_prefix("sha256:").filter(|digits| digits.len() == 64);
+            digits.and_then(|digits| {
+                let mut key = [0; 32];
+                for (byte, at) in key.iter_mut().zip((0..64).step_by(2)) {
+                    *byte = u8::from_str_radix(digits.get(at..at + 2)?, 16).ok()?;
+                }
+                Some(key)
+            })
+        };
+        let expected = "a key's hash is `sha256:` and 64 hexadecimal digits; `isochrone key new` prints one";
+        match key {
+            file::Key::Inline { hash } => parse(hash).ok_or_else(|| expected.to_owned()),
+            file::Key::File { hash_file } => {
+                let path = self.beside(document, hash_file);
+                let text = std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+                parse(&text).ok_or_else(|| format!("{}: {expected}", path.display()))
+            }
+        }
+    }
+
+    fn locations(&mut self) -> Vec<(ipnet::IpNet, Location)> {
+        let path = self.directory.join("locations.toml");
+        if !path.exists() {
+            return Vec::new();
+        }
+        let Some(document) = self.read(&path) else { return Vec::new() };
+        let Some(file) = document.parse::<file::Locations>(|_| {}, &mut self.problems) else { return Vec::new() };
+        let mut overrides = Vec::new();
+        for (at, location) in file.locations.iter().enumerate() {
+            let at = at.to_string();
+            let code = location.country.as_ref();
+            let country = code.and_then(|code| self.country(&document, &["locations", &at, "country"], code));
+            let point = match (location.latitude, location.longitude) {
+                (None, None) => country.and_then(Country::centroid),
+                (latitude, longitude) => {
+                    let point = Point::new(latitude.unwrap_or(f32::NAN), longitude.unwrap_or(f32::NAN));
+                    if point.is_none() {
+                        let message = "latitude and longitude go together, within ±90 and ±180";
+                        self.say(&document, &["locations", &at], message);
+                    }
+                    point
+                }
+            };
+            overrides.push((location.cidr, Location { country, point, source: Source::Override }));
+        }
+        overrides.sort_by_key(|(net, _)| std::cmp::Reverse(net.prefix_len()));
+        overrides
+    }
+
+    fn country(&mut self, document: &Document, path: &[&str], code: &str) -> Option<Country> {
+        let country = Country::parse(code).filter(|country| country.is_known());
+        if country.is_none() {
+            self.say(document, path, format!("`{code}` is no ISO 3166-1 country code of two letters"));
+        }
+        country
+    }
+
+    /// A path as written in a file, relative to that file.
+    fn beside(&mut self, document: &Document, path: &Path) -> PathBuf {
+        let path = document.file.parent().unwrap_or(self.directory).join(path);
+        self.files.insert(path.clone());
+        path
+    }
+}
+
+/// The tables of gateway.toml (over the reference's) that are laid under other tables.
+struct Defaults<'i> {
+    root: DeTable<'i>,
+}
+
+impl<'i> Defaults<'i> {
+    fn of(main: &'i Document) -> Defaults<'i> {
+        let mut root = DeTable::parse_recoverable(&main.text).0.into_inner();
+        lay_under(&mut root, reference().get_ref());
+        Defaults { root }
+    }
+
+    fn table(&self, name: &str) -> Option<&DeTable<'i>> {
+        self.root.get("defaults")?.get_ref().as_table()?.get(name)?.get_ref().as_table()
+    }
+
+    fn lay_under_region<'t>(&self, region: &mut DeTable<'t>)
+    where
+        'i: 't,
+    {
+        if let Some(defaults) = self.table("region") {
+            lay_under(region, defaults);
+        }
+        lay_under_each(region.get_mut("endpoints"), self.table("endpoint"));
+    }
+
+    fn lay_under_tenants<'t>(&self, root: &mut DeTable<'t>)
+    where
+        'i: 't,
+    {
+        lay_under_each(root.get_mut("tenants"), self.table("tenant"));
+    }
+}
+
+/// Lays defaults under each table of an array or of a table of tables.
+fn lay_under_each<'i>(value: Option<&mut toml::Spanned<DeValue<'i>>>, defaults: Option<&DeTable<'i>>) {
+    let (Some(value), Some(defaults)) = (value, defaults) else { return };
+    let lay = |entry: &mut toml::Spanned<DeValue<'i>>| {
+        if let DeValue::Table(entry) = entry.get_mut() {
+            lay_under(entry, defaults);
+        }
+    };
+    match value.get_mut() {
+        DeValue::Array(array) => array.iter_mut().for_each(lay),
+        DeValue::Table(table) => table.iter_mut().map(|(_, entry)| entry).for_each(lay),
+        _ => {}
+    }
+}
+
+fn lay_gateway_defaults(root: &mut DeTable<'_>) {
+    lay_under(root, reference().get_ref());
+    let defaults = root.get("defaults").and_then(|value| value.get_ref().as_table());
+    let listener = defaults.and_then(|table| table.get("listener")?.get_ref().as_table().cloned());
+    lay_under_each(root.get_mut("listeners"), listener.as_ref());
+}
+
+fn reference() -> toml::Spanned<DeTable<'static>> {
+    // Compiled in, and parsed by a test.
+    DeTable::parse_recoverable(REFERENCE).0
+}
+
+/// Parses an endpoint's URL.
+fn target(
+    url: &str,
+    server_name: Option<&str>,
+    authorities: Option<Option<&(Arc<rustls::RootCertStore>, [u8; 32])>>,
+    protocol: file::Protocol,
+    http2_only: bool,
+) -> Result<Target, String> {
+    let uri: http::Uri = url.parse().map_err(|error| format!("`{url}` is no URL: {error}"))?;
+    let (scheme, authority) = match (uri.scheme_str(), uri.authority()) {
+        (Some(scheme @ ("http" | "https")), Some(authority)) => (scheme, authority),
+        _ => return Err(format!("`{url}`: an endpoint's URL is http://HOST:PORT or https://HOST:PORT")),
+    };
+    if uri.path().len() > 1 || uri.query().is_some() || authority.as_str().contains('@') {
+        return Err(format!("`{url}`: an endpoint's URL has no path, query or user"));
+    }
+    let port = authority.port_u16().unwrap_or(if scheme == "https" { 443 } else { 80 });
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+    let address = match host.parse() {
+        Ok(ip) => Address::Ip(std::net::SocketAddr::new(ip, port)),
+        Err(_) => Address::Name(host.into(), port),
+    };
+    let http2 = http2_only || protocol == file::Protocol::Http2;
+    let tls = match (scheme, authorities) {
+        ("http", None) => None,
+        ("http", Some(_)) => return Err("`tls` is for https:// endpoints; this one is http://".into()),
+        (_, None) => {
+            return Err("an https:// endpoint needs tls = { ca = \"FILE\" }: whose certificates to believe".into());
+        }
+        // The authorities could not be read, which has been told.
+        (_, Some(None)) => None,
+        (_, Some(Some((roots, _)))) => {
+            let alpn: &[&[u8]] = match protocol {
+                _ if http2_only => &[b"h2"],
+                file::Protocol::Auto => &[b"h2", b"http/1.1"],
+                file::Protocol::Http1 => &[b"http/1.1"],
+                file::Protocol::Http2 => &[b"h2"],
+            };
+            let server_name = server_name.unwrap_or(host).to_owned();
+            let server_name = rustls::pki_types::ServerName::try_from(server_name)
+                .map_err(|error| format!("the server's name: {error}"))?;
+            Some(TargetTls { config: tls::client_config(Arc::clone(roots), alpn), server_name })
+        }
+    };
+    let authority = http::HeaderValue::from_str(authority.as_str()).map_err(|error| error.to_string())?;
+    Ok(Target { authority, address, tls, http2 })
+}
+
+/// The TOML files of a directory by name, without those that editors leave about.
+fn toml_files(directory: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(directory)? {
+        let path = entry?.path();
+        let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        if !hidden && path.extension().is_some_and(|extension| extension == "toml") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn instance(written: &str) -> Box<str> {
+    if !written.is_empty() {
+        return written.into();
+    }
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{}:{}", host.trim(), std::process::id()).into()
+}
+
+fn sorted(mut zones: Vec<Box<str>>) -> Vec<Box<str>> {
+    zones.sort();
+    zones
+}
+
+fn bytes(size: bytesize::ByteSize) -> usize {
+    usize::try_from(size.as_u64()).unwrap_or(usize::MAX)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut hex, byte| {
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    })
+}

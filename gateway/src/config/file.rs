@@ -1,0 +1,299 @@
+//! The files as they are written: a private mirror of the TOML. Unknown keys are refused. Nothing outside `config` sees it.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use ipnet::IpNet;
+use serde::{Deserialize, Deserializer};
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Gateway {
+    pub(super) gateway: Instance,
+    #[serde(default)]
+    pub(super) listeners: Vec<Listener>,
+    pub(super) admin: Admin,
+    pub(super) identity: Identity,
+    pub(super) geoip: GeoIp,
+    pub(super) steering: Steering,
+    #[serde(default)]
+    pub(super) country_rules: Vec<CountryRule>,
+    pub(super) probes: Probes,
+    pub(super) outlier: Outlier,
+    pub(super) attempts: Attempts,
+    pub(super) limits: Limits,
+    pub(super) shutdown: Shutdown,
+    pub(super) telemetry: Telemetry,
+    pub(super) reload: Reload,
+    /// Laid under the tables that they are for before those are read.
+    #[serde(rename = "defaults")]
+    _defaults: Defaults,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Instance {
+    pub(super) instance: String,
+    pub(super) cores: usize,
+    pub(super) latitude: Option<f32>,
+    pub(super) longitude: Option<f32>,
+    pub(super) zones: Vec<Box<str>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Listener {
+    pub(super) address: SocketAddr,
+    pub(super) tls: Option<ListenerTls>,
+    pub(super) trusted_proxies: Vec<IpNet>,
+    pub(super) client_ip: ClientIp,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ListenerTls {
+    pub(super) certificate: PathBuf,
+    pub(super) key: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum ClientIp {
+    Peer,
+    XForwardedFor,
+    Forwarded,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Admin {
+    pub(super) address: SocketAddr,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Identity {
+    pub(super) anonymous: Option<Box<str>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct GeoIp {
+    pub(super) files: Vec<PathBuf>,
+    pub(super) optional: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Steering {
+    pub(super) policy: Policy,
+    pub(super) route_inflation: f32,
+    pub(super) constant: Length,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Policy {
+    Nearest,
+    Latency,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CountryRule {
+    pub(super) countries: Vec<String>,
+    pub(super) require: Vec<Box<str>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Probes {
+    pub(super) interval: Length,
+    pub(super) jitter: f32,
+    pub(super) timeout: Length,
+    pub(super) healthy: u32,
+    pub(super) unhealthy: u32,
+    pub(super) decay: Length,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Outlier {
+    pub(super) consecutive_failures: u32,
+    pub(super) ejection: Length,
+    pub(super) ejection_max: Length,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Attempts {
+    pub(super) max: usize,
+    pub(super) budget_share: f32,
+    pub(super) budget_floor_per_second: u32,
+    pub(super) connect_timeout: Length,
+    pub(super) timeout: Length,
+    pub(super) replay_buffer: ByteSize,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Limits {
+    pub(super) header_timeout: Length,
+    pub(super) body_timeout: Length,
+    pub(super) header_bytes: ByteSize,
+    pub(super) openai_body: ByteSize,
+    pub(super) connections: usize,
+    pub(super) streams: u32,
+    pub(super) in_flight: usize,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Shutdown {
+    pub(super) delay: Length,
+    pub(super) grace: Length,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Telemetry {
+    pub(super) otlp: Option<String>,
+    pub(super) sampling: f64,
+    pub(super) access_log: bool,
+    pub(super) full_addresses: bool,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Reload {
+    pub(super) settle: Length,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Defaults {
+    #[serde(rename = "listener")]
+    _listener: toml::Table,
+    #[serde(rename = "region")]
+    _region: toml::Table,
+    #[serde(rename = "endpoint")]
+    _endpoint: toml::Table,
+    #[serde(rename = "tenant")]
+    _tenant: toml::Table,
+}
+
+/// `regions/NAME.toml`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Region {
+    pub(super) name: Option<Box<str>>,
+    pub(super) country: String,
+    pub(super) latitude: f32,
+    pub(super) longitude: f32,
+    pub(super) zones: Vec<Box<str>>,
+    pub(super) drain: bool,
+    #[serde(default)]
+    pub(super) endpoints: Vec<Endpoint>,
+    #[serde(default)]
+    pub(super) models: BTreeMap<Box<str>, Model>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Endpoint {
+    pub(super) http: Option<String>,
+    pub(super) grpc: Option<String>,
+    pub(super) tls: Option<EndpointTls>,
+    pub(super) protocol: Protocol,
+    pub(super) region_assertion: RegionAssertion,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct EndpointTls {
+    pub(super) ca: PathBuf,
+    pub(super) server_name: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Hash)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Protocol {
+    Auto,
+    Http1,
+    Http2,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum RegionAssertion {
+    Probe,
+    TrustConfig,
+}
+
+/// A model that the region serves. It has no settings yet: that it is named declares it.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Model {}
+
+/// `tenants.toml`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Tenants {
+    #[serde(default)]
+    pub(super) tenants: BTreeMap<Box<str>, Tenant>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Tenant {
+    pub(super) keys: Vec<Key>,
+    pub(super) residency: Option<Residency>,
+    pub(super) models: Vec<Box<str>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged, deny_unknown_fields, expecting = "expected { hash = \"sha256:…\" } or { hash_file = \"path\" }")]
+pub(super) enum Key {
+    Inline { hash: String },
+    File { hash_file: PathBuf },
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Residency {
+    Require(Vec<Box<str>>),
+    Prefer(Vec<Box<str>>),
+}
+
+/// `locations.toml`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Locations {
+    #[serde(default)]
+    pub(super) locations: Vec<Location>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Location {
+    pub(super) cidr: IpNet,
+    pub(super) country: Option<String>,
+    pub(super) latitude: Option<f32>,
+    pub(super) longitude: Option<f32>,
+}
+
+/// A duration with its unit: `"250ms"`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Length(pub(super) Duration);
+
+impl<'de> Deserialize<'de> for Length {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Length, D::Error> {
+        let text = toml::Value::deserialize(deserializer)?;
+        let expected = || serde::de::Error::custom("expected a duration with its unit, such as \"250ms\" or \"2s\"");
+        let text = text.as_str().ok_or_else(expected)?;
+        humantime::parse_duration(text).map(Length).map_err(|_| expected())
+    }
+}

@@ -1,0 +1,242 @@
+//! One endpoint with its live state: health, ejection, load, connections.
+//!
+//! It outlives snapshots: a reload that leaves an endpoint as it is takes the same value over, so that what has been
+//! measured is not lost. Everything the request path reads is an atomic; the state machines behind them are locked only
+//! when something goes wrong or a probe ends.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+
+use isochrone_core::Time;
+use isochrone_core::budget::Budget;
+use isochrone_core::ewma::{Ewma, Held};
+use isochrone_core::health::Health;
+use isochrone_core::outlier::{Outlier, State};
+use isochrone_core::pick::Availability;
+use isochrone_core::retry::Mark;
+use parking_lot::Mutex;
+
+use crate::config::{Config, EndpointConfig, Target};
+use crate::upstream::Pool;
+
+/// One endpoint.
+#[derive(Debug)]
+pub(crate) struct Endpoint {
+    pub(crate) config: EndpointConfig,
+    /// Extra attempts that this destination may still be sent.
+    pub(crate) budget: Budget,
+    /// Connections for HTTP, and for gRPC, by core.
+    http: Box<[Pool]>,
+    grpc: Box<[Pool]>,
+    probed: Mutex<Probed>,
+    healthy: AtomicBool,
+    /// Its probe has named its region. It never becomes untrue of an endpoint that only fails: it is taken back when a
+    /// probe names another.
+    asserted: AtomicBool,
+    probed_once: AtomicBool,
+    outlier: Mutex<Outlier>,
+    /// The outlier state is not its default: a success has something to reset.
+    marked: AtomicBool,
+    /// No request before this time (`Time`'s number); zero while admitting.
+    ejected_until: AtomicU64,
+    in_flight: AtomicUsize,
+    /// The round trip as published to steering, in microseconds plus one; zero before the first.
+    round_trip_us: AtomicU32,
+}
+
+#[derive(Debug, Default)]
+struct Probed {
+    health: Health,
+    round_trip: Ewma,
+    held: Held,
+}
+
+/// How one probe ended.
+#[derive(Debug)]
+pub(crate) enum ProbeResult {
+    /// It answered ready; `region` as far as it named one.
+    Ready { region: Option<String>, round_trip_ms: f32 },
+    /// It did not, and why.
+    Failed(String),
+}
+
+/// What a probe changed, for the log.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    Healthy,
+    Unhealthy(String),
+    /// It named another region than its file, or none: it gets nothing.
+    WrongRegion(Option<String>),
+}
+
+impl Endpoint {
+    pub(crate) fn new(config: EndpointConfig, cores: usize) -> Endpoint {
+        let asserted = !config.assert_region;
+        // Without HTTP there is nothing to probe: real traffic alone judges it.
+        let unprobed = config.http.is_none();
+        Endpoint {
+            config,
+            budget: Budget::default(),
+            http: (0..cores).map(|_| Pool::default()).collect(),
+            grpc: (0..cores).map(|_| Pool::default()).collect(),
+            probed: Mutex::default(),
+            healthy: AtomicBool::new(unprobed),
+            asserted: AtomicBool::new(asserted),
+            probed_once: AtomicBool::new(unprobed),
+            outlier: Mutex::default(),
+            marked: AtomicBool::new(false),
+            ejected_until: AtomicU64::new(0),
+            in_flight: AtomicUsize::new(0),
+            round_trip_us: AtomicU32::new(0),
+        }
+    }
+
+    /// Its address for a protocol, and its connections there.
+    pub(crate) fn target(&self, grpc: bool) -> Option<(&Target, &[Pool])> {
+        if grpc {
+            self.config.grpc.as_ref().map(|target| (target, &*self.grpc))
+        } else {
+            self.config.http.as_ref().map(|target| (target, &*self.http))
+        }
+    }
+
+    /// Its address, for the operator's eyes.
+    pub(crate) fn name(&self) -> &str {
+        let target = self.config.http.as_ref().or(self.config.grpc.as_ref());
+        target.and_then(|target| target.authority.to_str().ok()).unwrap_or_default()
+    }
+
+    /// Whether it can take a request now.
+    pub(crate) fn availability(&self, now: Time) -> Availability {
+        if !self.asserted.load(Relaxed) {
+            Availability::Excluded
+        } else if self.healthy.load(Relaxed) && now.0 >= self.ejected_until.load(Relaxed) {
+            Availability::Ready
+        } else {
+            Availability::Unhealthy
+        }
+    }
+
+    /// Asks to send it a request. False for an ejected endpoint whose one trial is already out.
+    pub(crate) fn admit(&self, now: Time, config: &Config, panic: bool) -> bool {
+        if panic || !self.marked.load(Relaxed) {
+            return true;
+        }
+        let mut outlier = self.outlier.lock();
+        let admitted = outlier.try_trial(now, &config.outlier);
+        self.publish(&outlier);
+        admitted
+    }
+
+    /// Takes in how a request went. Returns the length of an ejection that this led to.
+    pub(crate) fn judge(&self, mark: Mark, now: Time, config: &Config) -> Option<std::time::Duration> {
+        match mark {
+            Mark::None => None,
+            Mark::Success => {
+                // The usual case costs one load.
+                if self.marked.load(Relaxed) {
+                    let mut outlier = self.outlier.lock();
+                    outlier.success();
+                    self.publish(&outlier);
+                }
+                None
+            }
+            Mark::Failure => {
+                let mut outlier = self.outlier.lock();
+                let ejected = outlier.failure(now, &config.outlier);
+                self.publish(&outlier);
+                ejected
+            }
+        }
+    }
+
+    fn publish(&self, outlier: &Outlier) {
+        let until = match outlier.state() {
+            State::Admitting => 0,
+            State::Ejected { until } | State::Probing { until } => until.0,
+        };
+        self.ejected_until.store(until, Relaxed);
+        self.marked.store(!outlier.is_default(), Relaxed);
+    }
+
+    /// Takes in one probe.
+    pub(crate) fn probed(&self, result: ProbeResult, now: Time, config: &Config) -> Option<Change> {
+        let mut probed = self.probed.lock();
+        let (result, wrong) = match result {
+            ProbeResult::Ready { region, round_trip_ms } => {
+                let right = !self.config.assert_region || region.as_deref() == Some(&*self.config.region);
+                if right {
+                    probed.round_trip.observe(round_trip_ms, now, config.probes.decay);
+                    let mean = probed.round_trip.value().unwrap_or(round_trip_ms);
+                    if probed.held.follow(mean) {
+                        self.round_trip_us.store((mean * 1000.0) as u32 + 1, Relaxed);
+                    }
+                }
+                let was_asserted = self.asserted.swap(right, Relaxed);
+                let first = !self.probed_once.load(Relaxed);
+                let wrong = (!right && (was_asserted || first)).then_some(Change::WrongRegion(region));
+                (if right { Ok(()) } else { Err("it is not in its file's region".to_owned()) }, wrong)
+            }
+            ProbeResult::Failed(why) => (Err(why), None),
+        };
+        let changed = probed.health.observe(result.is_ok(), config.probes.thresholds);
+        self.healthy.store(probed.health.is_healthy(), Relaxed);
+        self.probed_once.store(true, Relaxed);
+        wrong.or(match (changed?, result) {
+            (true, _) => Some(Change::Healthy),
+            (false, result) => Some(Change::Unhealthy(result.err().unwrap_or_default())),
+        })
+    }
+
+    /// Whether a probe has ended, either way.
+    pub(crate) fn is_probed(&self) -> bool {
+        self.probed_once.load(Relaxed)
+    }
+
+    /// Whether the probes find it healthy.
+    pub(crate) fn is_healthy(&self) -> bool {
+        self.healthy.load(Relaxed)
+    }
+
+    /// Whether it has proven to stand in its region.
+    pub(crate) fn is_asserted(&self) -> bool {
+        self.asserted.load(Relaxed)
+    }
+
+    /// Whether failed requests keep it out now.
+    pub(crate) fn is_ejected(&self, now: Time) -> bool {
+        now.0 < self.ejected_until.load(Relaxed)
+    }
+
+    /// The measured round trip in milliseconds, moved only out of its dead band.
+    pub(crate) fn round_trip_ms(&self) -> Option<f32> {
+        self.round_trip_us.load(Relaxed).checked_sub(1).map(|us| us as f32 / 1000.0)
+    }
+
+    /// Requests sent and not ended.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight.load(Relaxed)
+    }
+}
+
+/// One request in flight at an endpoint. Falls when dropped, which for an answer is at the end of its body.
+#[derive(Debug)]
+pub(crate) struct InFlight(Arc<Endpoint>);
+
+impl InFlight {
+    pub(crate) fn new(endpoint: &Arc<Endpoint>) -> InFlight {
+        endpoint.in_flight.fetch_add(1, Relaxed);
+        InFlight(Arc::clone(endpoint))
+    }
+
+    pub(crate) fn endpoint(&self) -> &Arc<Endpoint> {
+        &self.0
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        let before = self.0.in_flight.fetch_sub(1, Relaxed);
+        debug_assert!(before > 0, "the in-flight count fell below zero");
+    }
+}

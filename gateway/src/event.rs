@@ -1,0 +1,380 @@
+//! What happened to one request: gathered as it goes, told once at its end, as a log line, as counts and as spans.
+//!
+//! The steps do not count or log by themselves; they tell the [`Record`], and everything an operator sees derives from it.
+
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use http::request::Parts;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
+use isochrone_core::geo::Location;
+use isochrone_core::pick::Choice;
+use isochrone_core::retry::Outcome;
+use isochrone_telemetry::{SPANS, timestamp, trace};
+use serde::Serialize;
+use smallvec::SmallVec;
+use tracing::{Span, field, info_span};
+
+use crate::app::{Core, Permit};
+use crate::attempt::Failure;
+use crate::endpoint::Endpoint;
+use crate::error::Error;
+use crate::identity::Peer;
+use crate::snapshot::Snapshot;
+
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// The longest request id that is taken over from a client.
+const REQUEST_ID_MAX: usize = 128;
+
+/// One request as it has gone so far.
+#[derive(Debug)]
+pub(crate) struct Record {
+    pub(crate) request_id: HeaderValue,
+    /// The server span; none if the request is not sampled.
+    pub(crate) span: Span,
+    /// Sends so far.
+    pub(crate) attempts: u8,
+    /// Why the last attempt went where it went, in the words of `explain`.
+    pub(crate) reason: String,
+    pub(crate) started: Instant,
+    /// When the head of the answer came.
+    pub(crate) answered: Option<Instant>,
+    attempt_began: Instant,
+    method: Method,
+    uri: Uri,
+    client_ip: Option<IpAddr>,
+    location: Location,
+    tenant: Option<Arc<str>>,
+    model: Option<Arc<str>>,
+    /// (region, outcome) of each attempt.
+    outcomes: SmallVec<[(Arc<str>, &'static str); 2]>,
+    status: StatusCode,
+    error: Option<&'static str>,
+    bytes: u64,
+    snapshot: Arc<Snapshot>,
+    /// The request's place among those in flight, held to the end of the answer.
+    permit: Option<Permit>,
+}
+
+/// The access line.
+#[derive(Serialize)]
+struct Line<'a> {
+    timestamp: String,
+    level: &'static str,
+    message: &'static str,
+    request_id: &'a str,
+    method: &'a str,
+    path: &'a str,
+    status: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<&'a str>,
+    client: Option<String>,
+    country: Option<&'a str>,
+    location_source: &'static str,
+    tenant: Option<&'a str>,
+    model: Option<&'a str>,
+    region: Option<&'a str>,
+    attempts: u8,
+    outcomes: Vec<(&'a str, &'a str)>,
+    reason: &'a str,
+    duration_ms: f64,
+    answer_ms: Option<f64>,
+    bytes: u64,
+    complete: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trace_id: Option<String>,
+    revision: &'a str,
+}
+
+impl Record {
+    /// Begins the record of a request, and its trace if it is to be sampled.
+    pub(crate) fn begin(snapshot: &Arc<Snapshot>, peer: &Peer, head: &Parts) -> Record {
+        let started = Instant::now();
+        Record {
+            request_id: request_id(&head.headers),
+            span: server_span(snapshot, peer, head),
+            attempts: 0,
+            reason: String::new(),
+            started,
+            answered: None,
+            attempt_began: started,
+            method: head.method.clone(),
+            uri: head.uri.clone(),
+            client_ip: None,
+            location: Location::UNKNOWN,
+            tenant: None,
+            model: None,
+            outcomes: SmallVec::new(),
+            status: StatusCode::INTERNAL_SERVER_ERROR,
+            error: None,
+            bytes: 0,
+            snapshot: Arc::clone(snapshot),
+            permit: None,
+        }
+    }
+
+    pub(crate) fn admitted(&mut self, permit: Permit) {
+        self.permit = Some(permit);
+    }
+
+    pub(crate) fn identified(&mut self, client_ip: IpAddr, tenant: &Arc<str>) {
+        self.client_ip = Some(client_ip);
+        self.tenant = Some(Arc::clone(tenant));
+        self.span.record("isochrone.tenant", &**tenant);
+    }
+
+    pub(crate) fn addressed(&mut self, client_ip: IpAddr) {
+        self.client_ip = Some(client_ip);
+    }
+
+    pub(crate) fn located(&mut self, location: Location) {
+        self.location = location;
+        if !self.span.is_none() {
+            let country = location.country;
+            let country = country.as_ref().map_or("unknown", |country| country.as_str());
+            let span = info_span!(target: SPANS, parent: &self.span, "location", "geo.country.iso_code" = country,
+                "isochrone.location.source" = location.source.as_str());
+            drop(span);
+            self.span.record("geo.country.iso_code", country);
+        }
+    }
+
+    pub(crate) fn permitted(&mut self, model: Option<&Arc<str>>, regions: usize) {
+        self.model = model.cloned();
+        if !self.span.is_none() {
+            let model = model.map_or("", |model| &**model);
+            drop(info_span!(target: SPANS, parent: &self.span, "permission", "isochrone.permitted_regions" = regions));
+            self.span.record("gen_ai.request.model", model);
+        }
+    }
+
+    /// An attempt begins. Gives its span, as a child of which the endpoint's own will appear.
+    pub(crate) fn attempt_begins(&mut self, snapshot: &Snapshot, choice: &Choice, endpoint: &Endpoint) -> Span {
+        self.attempts += 1;
+        self.attempt_began = Instant::now();
+        let policy = snapshot.config.steering.policy_for(self.location.point);
+        let region = &snapshot.regions[choice.region.get()].name;
+        self.reason.clear();
+        let score = &choice.score;
+        // A String takes what is written to it.
+        let _ = write!(self.reason, "{} {region} {:.1}ms (", policy.as_str(), score.total_ms());
+        let _ = match policy {
+            isochrone_core::steer::Policy::Nearest => {
+                write!(self.reason, "distance {:.1} + excess {:.1}", score.distance_ms, score.excess_ms)
+            }
+            isochrone_core::steer::Policy::Latency => write!(self.reason, "probe {:.1}", score.probe_ms),
+        };
+        let country = self.location.country;
+        let country = country.as_ref().map_or("??", |country| country.as_str());
+        let _ = write!(self.reason, "); client {country} by {}", self.location.source.as_str());
+        if let Some((region, outcome)) = self.outcomes.last() {
+            let _ = write!(self.reason, "; after {region} {outcome}");
+        }
+        if choice.panic {
+            self.reason.push_str("; panic");
+        }
+        if self.span.is_none() {
+            return Span::none();
+        }
+        drop(info_span!(target: SPANS, parent: &self.span, "pick", "isochrone.region" = &**region,
+            "isochrone.reason" = self.reason.as_str()));
+        info_span!(target: SPANS, parent: &self.span, "attempt", "otel.kind" = "client",
+            "isochrone.attempt" = self.attempts, "isochrone.region" = &**region,
+            "isochrone.endpoint" = endpoint.name(), "server.address" = endpoint.name(),
+            "isochrone.outcome" = field::Empty, "http.response.status_code" = field::Empty,
+            "otel.status_code" = field::Empty, "otel.status_description" = field::Empty)
+    }
+
+    /// The attempt has ended.
+    pub(crate) fn attempt_ended(
+        &mut self,
+        core: &Core,
+        span: &Span,
+        endpoint: &Endpoint,
+        outcome: Outcome,
+        failure: Option<&Failure>,
+    ) {
+        self.outcomes.push((Arc::clone(&endpoint.config.region), outcome.as_str()));
+        core.shared.counts.attempt(&endpoint.config.region, outcome, self.attempts > 1, self.attempt_began.elapsed());
+        span.record("isochrone.outcome", outcome.as_str());
+        if let Outcome::Status(status) = outcome {
+            span.record("http.response.status_code", status);
+        }
+        if let Some(failure) = failure {
+            let why = match failure {
+                Failure::Send(error) => error.to_string(),
+                Failure::Deadline => "no answer within the deadline".to_owned(),
+            };
+            span.record("otel.status_code", "ERROR");
+            span.record("otel.status_description", why.as_str());
+            tracing::info!(region = %endpoint.config.region, endpoint = endpoint.name(), outcome = outcome.as_str(), why,
+                request_id = self.request_id.to_str().unwrap_or_default(), attempt = self.attempts, "attempt failed");
+        }
+    }
+
+    /// A further attempt would have been possible but for the budget.
+    pub(crate) fn budget_spent(&mut self) {
+        self.reason.push_str("; retry budget spent");
+    }
+
+    /// The head of the answer is known.
+    pub(crate) fn answered(&mut self, status: StatusCode, error: Option<Error>) {
+        self.answered = Some(Instant::now());
+        self.status = status;
+        self.error = error.map(Error::code);
+        self.span.record("http.response.status_code", status.as_u16());
+        if let Some(error) = self.error {
+            self.span.record("error.type", error);
+        }
+        if status.is_server_error() {
+            self.span.record("otel.status_code", "ERROR");
+        }
+    }
+
+    /// Bytes of the answer's body that went out.
+    pub(crate) fn sent(&mut self, bytes: usize) {
+        self.bytes += bytes as u64;
+    }
+
+    /// The region of the last attempt.
+    fn region(&self) -> Option<&str> {
+        self.outcomes.last().map(|(region, _)| &**region)
+    }
+
+    /// The end: `complete` unless the answer's body broke off or the client left.
+    pub(crate) fn end(&mut self, core: &Core, complete: bool) {
+        self.permit = None;
+        let duration = self.started.elapsed();
+        core.shared.counts.request(self.status, duration);
+        if !complete {
+            self.span.record("error.type", "incomplete");
+        }
+        let telemetry = &self.snapshot.config.telemetry;
+        if !telemetry.access_log {
+            return;
+        }
+        let country = self.location.country;
+        let line = Line {
+            timestamp: timestamp(SystemTime::now()),
+            level: "INFO",
+            message: "access",
+            request_id: self.request_id.to_str().unwrap_or_default(),
+            method: self.method.as_str(),
+            path: self.uri.path(),
+            status: self.status.as_u16(),
+            error: self.error,
+            client: self.client_ip.map(|ip| shown(ip, telemetry.full_addresses)),
+            country: country.as_ref().map(|country| country.as_str()),
+            location_source: self.location.source.as_str(),
+            tenant: self.tenant.as_deref(),
+            model: self.model.as_deref(),
+            region: self.region(),
+            attempts: self.attempts,
+            outcomes: self.outcomes.iter().map(|(region, outcome)| (&**region, *outcome)).collect(),
+            reason: &self.reason,
+            duration_ms: milliseconds(duration),
+            answer_ms: self.answered.map(|at| milliseconds(at - self.started)),
+            bytes: self.bytes,
+            complete,
+            trace_id: if self.span.is_none() { None } else { trace::trace_id(&self.span) },
+            revision: &self.snapshot.config.revision,
+        };
+        // JSON escapes control characters, so that a client cannot write lines of its own.
+        if let Ok(line) = serde_json::to_vec(&line) {
+            core.shared.log.line(core.index, &line);
+        }
+    }
+}
+
+pub(crate) fn milliseconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// An address as logs show it: cut to /24 or /48 unless the operator wants it whole.
+fn shown(address: IpAddr, full: bool) -> String {
+    let kept = match address {
+        _ if full => return address.to_string(),
+        IpAddr::V4(_) => 24,
+        IpAddr::V6(_) => 48,
+    };
+    ipnet::IpNet::new(address, kept).map_or_else(|_| String::new(), |net| net.trunc().to_string())
+}
+
+/// The client's own id for the request if it is a sane one, else a new one.
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    let sane =
+        |id: &&HeaderValue| (1..=REQUEST_ID_MAX).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
+    headers.get(X_REQUEST_ID).filter(sane).cloned().unwrap_or_else(|| {
+        let id = format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
+        HeaderValue::from_maybe_shared(bytes::Bytes::from(id)).unwrap_or_else(|_| HeaderValue::from_static("-"))
+    })
+}
+
+/// The span of the whole request, or none. A trusted proxy's decision is followed; otherwise the configured share is drawn.
+fn server_span(snapshot: &Snapshot, peer: &Peer, head: &Parts) -> Span {
+    let telemetry = &snapshot.config.telemetry;
+    if telemetry.otlp.is_none() {
+        return Span::none();
+    }
+    let parent = if peer.is_trusted() { trace::parent(&head.headers) } else { None };
+    let sampled = match &parent {
+        Some(parent) => trace::is_sampled(parent),
+        None => telemetry.sampling >= 1.0 || fastrand::f64() < telemetry.sampling,
+    };
+    if !sampled {
+        return Span::none();
+    }
+    let span = info_span!(target: SPANS, parent: None, "request", "otel.kind" = "server",
+        "otel.name" = %format_args!("{} {}", head.method, route(head.uri.path())),
+        "http.request.method" = head.method.as_str(), "url.path" = head.uri.path(),
+        "isochrone.revision" = &*snapshot.config.revision,
+        "isochrone.tenant" = field::Empty, "gen_ai.request.model" = field::Empty,
+        "geo.country.iso_code" = field::Empty, "isochrone.region" = field::Empty, "isochrone.reason" = field::Empty,
+        "isochrone.attempts" = field::Empty, "isochrone.request_id" = field::Empty,
+        "http.response.status_code" = field::Empty, "error.type" = field::Empty, "otel.status_code" = field::Empty);
+    if let Some(parent) = parent {
+        trace::adopt(&span, parent);
+    }
+    span
+}
+
+/// The path without what differs from request to request, so that operations can be told apart and counted.
+fn route(path: &str) -> &str {
+    match path.strip_prefix("/v2/models/") {
+        Some(rest) if rest.ends_with("/infer") => "/v2/models/{model}/infer",
+        Some(_) => "/v2/models/{model}",
+        None => path,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_cut_unless_wanted_whole() {
+        let rows = [("203.0.113.77", "203.0.113.0/24"), ("2001:db8:1:2::3", "2001:db8:1::/48")];
+        for (address, cut) in rows {
+            let address: IpAddr = address.parse().expect("valid");
+            assert_eq!(shown(address, false), cut);
+            assert_eq!(shown(address, true), address.to_string());
+        }
+    }
+
+    #[test]
+    fn only_sane_request_ids_are_taken_over() {
+        let id = |value: &[u8]| {
+            let value = HeaderValue::from_bytes(value).expect("a header value");
+            request_id(&HeaderMap::from_iter([(X_REQUEST_ID, value.clone())])) == value
+        };
+        assert!(id(b"abc-123"));
+        assert!(!id(b""));
+        assert!(!id(b"a b"));
+        assert!(!id("ä".as_bytes()));
+        assert!(!id(&[b'x'; 129]));
+        assert_ne!(request_id(&HeaderMap::new()), request_id(&HeaderMap::new()));
+    }
+}

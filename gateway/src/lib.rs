@@ -1,0 +1,49 @@
+//! Isochrone, the gateway: each request goes to the nearest healthy region that is allowed to serve it.
+//!
+//! `ARCHITECTURE.md` beside this crate is the map. [`request`] is the page to open first.
+
+pub mod config;
+
+mod app;
+
+mod reload;
+
+mod snapshot;
+
+mod listener;
+
+mod tls;
+
+mod request;
+
+mod call;
+
+mod body;
+
+mod identity;
+
+mod geo;
+
+mod policy;
+
+mod pick;
+
+mod attempt;
+
+mod upstream;
+
+mod endpoint;
+
+mod respond;
+
+mod error;
+
+mod event;
+
+mod probe;
+
+mod admin;
+
+mod metrics;
+
+pub use app::serve;

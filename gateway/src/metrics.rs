@@ -1,0 +1,198 @@
+//! Counts for Prometheus, kept as atomics and written out on demand.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use http::StatusCode;
+use isochrone_core::retry::Outcome;
+use parking_lot::RwLock;
+
+use crate::app::Shared;
+
+/// Upper bounds of the duration buckets, in seconds.
+const BUCKETS: [f64; 14] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+
+/// What is counted of all requests.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    /// By status class, 1xx to 5xx.
+    classes: [AtomicU64; 5],
+    durations: Histogram,
+    /// By region. Regions are few and rarely new: the lock is read.
+    regions: RwLock<BTreeMap<Box<str>, RegionCounts>>,
+    pub(crate) connections: AtomicU64,
+    pub(crate) handshake_failures: AtomicU64,
+    pub(crate) panics: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct RegionCounts {
+    outcomes: [AtomicU64; OUTCOMES.len()],
+    retries: AtomicU64,
+    durations: Histogram,
+}
+
+const OUTCOMES: [&str; 7] =
+    ["ok", "unavailable", "server_error", "connect_failed", "reset", "timed_out", "client_body"];
+
+#[derive(Debug, Default)]
+struct Histogram {
+    buckets: [AtomicU64; BUCKETS.len() + 1],
+    sum_us: AtomicU64,
+}
+
+impl Histogram {
+    fn observe(&self, duration: Duration) {
+        let seconds = duration.as_secs_f64();
+        let bucket = BUCKETS.partition_point(|bound| *bound < seconds);
+        self.buckets[bucket].fetch_add(1, Relaxed);
+        self.sum_us.fetch_add(u64::try_from(duration.as_micros()).unwrap_or(u64::MAX), Relaxed);
+    }
+
+    fn write(&self, text: &mut String, name: &str, labels: &str) {
+        let comma = if labels.is_empty() { "" } else { "," };
+        let mut total = 0;
+        for (count, bound) in self.buckets.iter().zip(BUCKETS.iter().map(f64::to_string).chain(["+Inf".to_owned()])) {
+            total += count.load(Relaxed);
+            let _ = writeln!(text, "{name}_bucket{{{labels}{comma}le=\"{bound}\"}} {total}");
+        }
+        let _ = writeln!(text, "{name}_sum{{{labels}}} {}", self.sum_us.load(Relaxed) as f64 / 1e6);
+        let _ = writeln!(text, "{name}_count{{{labels}}} {total}");
+    }
+}
+
+impl Counts {
+    pub(crate) fn request(&self, status: StatusCode, duration: Duration) {
+        let class = usize::from(status.as_u16() / 100).clamp(1, 5) - 1;
+        self.classes[class].fetch_add(1, Relaxed);
+        self.durations.observe(duration);
+    }
+
+    pub(crate) fn attempt(&self, region: &str, outcome: Outcome, retry: bool, duration: Duration) {
+        if let Some(counts) = self.regions.read().get(region) {
+            return counts.attempt(outcome, retry, duration);
+        }
+        self.regions.write().entry(region.into()).or_default().attempt(outcome, retry, duration);
+    }
+}
+
+impl RegionCounts {
+    fn attempt(&self, outcome: Outcome, retry: bool, duration: Duration) {
+        if let Some(at) = OUTCOMES.iter().position(|name| *name == outcome.as_str()) {
+            self.outcomes[at].fetch_add(1, Relaxed);
+        }
+        self.retries.fetch_add(u64::from(retry), Relaxed);
+        self.durations.observe(duration);
+    }
+}
+
+/// Everything in the Prometheus text format
+/// (<https://prometheus.io/docs/instrumenting/exposition_formats/>). Names follow OpenTelemetry's where it has one.
+pub(crate) fn text(shared: &Shared) -> String {
+    let snapshot = shared.snapshot.load();
+    let counts = &shared.counts;
+    let now = shared.now();
+    let mut text = String::with_capacity(8192);
+    let mut family = |name: &str, kind: &str, help: &str, rows: &mut dyn FnMut(&mut String)| {
+        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+        rows(&mut text);
+    };
+    family("isochrone_requests_total", "counter", "Requests ended, by status class.", &mut |text| {
+        for (class, count) in counts.classes.iter().enumerate() {
+            let _ = writeln!(text, "isochrone_requests_total{{code=\"{}xx\"}} {}", class + 1, count.load(Relaxed));
+        }
+    });
+    family(
+        "http_server_request_duration_seconds",
+        "histogram",
+        "From a request's head to the end of its answer.",
+        &mut |text| {
+            counts.durations.write(text, "http_server_request_duration_seconds", "");
+        },
+    );
+    let regions = counts.regions.read();
+    family("isochrone_attempts_total", "counter", "Sends to a region, by outcome.", &mut |text| {
+        for (region, counts) in regions.iter() {
+            for (outcome, count) in OUTCOMES.iter().zip(&counts.outcomes) {
+                let count = count.load(Relaxed);
+                let _ = writeln!(text, "isochrone_attempts_total{{region=\"{region}\",outcome=\"{outcome}\"}} {count}");
+            }
+        }
+    });
+    family("isochrone_retries_total", "counter", "Sends to a region after a failed one.", &mut |text| {
+        for (region, counts) in regions.iter() {
+            let _ = writeln!(text, "isochrone_retries_total{{region=\"{region}\"}} {}", counts.retries.load(Relaxed));
+        }
+    });
+    family(
+        "http_client_request_duration_seconds",
+        "histogram",
+        "From a send to the head of its answer.",
+        &mut |text| {
+            for (region, counts) in regions.iter() {
+                counts.durations.write(text, "http_client_request_duration_seconds", &format!("region=\"{region}\""));
+            }
+        },
+    );
+    for (name, help, value) in [
+        ("isochrone_endpoint_healthy", "Whether probes find the endpoint ready.", 0),
+        ("isochrone_endpoint_asserted", "Whether the endpoint has proven to stand in its region.", 1),
+        ("isochrone_endpoint_ejected", "Whether failed requests keep the endpoint out.", 2),
+        ("isochrone_endpoint_in_flight", "Requests sent and not ended.", 3),
+    ] {
+        family(name, "gauge", help, &mut |text| {
+            for endpoint in &snapshot.endpoints {
+                let value = match value {
+                    0 => usize::from(endpoint.is_healthy()),
+                    1 => usize::from(endpoint.is_asserted()),
+                    2 => usize::from(endpoint.is_ejected(now)),
+                    _ => endpoint.in_flight(),
+                };
+                let (region, address) = (&endpoint.config.region, endpoint.name());
+                let _ = writeln!(text, "{name}{{region=\"{region}\",endpoint=\"{address}\"}} {value}");
+            }
+        });
+    }
+    family("isochrone_probe_round_trip_seconds", "gauge", "The round trip as steering sees it.", &mut |text| {
+        for endpoint in &snapshot.endpoints {
+            if let Some(ms) = endpoint.round_trip_ms() {
+                let (region, address) = (&endpoint.config.region, endpoint.name());
+                let seconds = f64::from(ms) / 1000.0;
+                let _ = writeln!(
+                    text,
+                    "isochrone_probe_round_trip_seconds{{region=\"{region}\",endpoint=\"{address}\"}} {seconds}"
+                );
+            }
+        }
+    });
+    let state = shared.config_state.lock();
+    family("isochrone_config_info", "gauge", "The revision in force.", &mut |text| {
+        let _ = writeln!(text, "isochrone_config_info{{revision=\"{}\"}} 1", snapshot.config.revision);
+    });
+    family("isochrone_config_rejected", "gauge", "Whether a newer state of the directory was rejected.", &mut |text| {
+        let _ = writeln!(text, "isochrone_config_rejected {}", u8::from(state.rejected.is_some()));
+    });
+    family("isochrone_config_age_seconds", "gauge", "Since the revision in force was accepted.", &mut |text| {
+        let age = state.accepted_at.elapsed().unwrap_or_default().as_secs_f64();
+        let _ = writeln!(text, "isochrone_config_age_seconds {age}");
+    });
+    family("isochrone_geoip_build_timestamp_seconds", "gauge", "When the database was made.", &mut |text| {
+        for (at, database) in snapshot.config.geoip.iter().enumerate() {
+            let _ =
+                writeln!(text, "isochrone_geoip_build_timestamp_seconds{{file=\"{at}\"}} {}", database.build_epoch());
+        }
+    });
+    for (name, help, value) in [
+        ("isochrone_connections_total", "Client connections accepted.", counts.connections.load(Relaxed)),
+        ("isochrone_handshake_failures_total", "TLS handshakes that failed.", counts.handshake_failures.load(Relaxed)),
+        ("isochrone_panics_total", "Requests that ended in a panic, answered 500.", counts.panics.load(Relaxed)),
+        ("isochrone_log_dropped_total", "Log lines dropped because their buffer was full.", shared.log.dropped()),
+    ] {
+        family(name, "counter", help, &mut |text| {
+            let _ = writeln!(text, "{name} {value}");
+        });
+    }
+    text
+}

@@ -1,0 +1,61 @@
+//! Permission: the rules of the tenant, the country and the model turned into the set of regions that may see the request.
+
+use std::sync::Arc;
+
+use isochrone_core::geo::Location;
+use isochrone_core::region::RegionSet;
+use isochrone_core::residency::{Permitted, permit as permit_regions};
+
+use crate::error::Error;
+use crate::identity::Caller;
+use crate::snapshot::Snapshot;
+
+/// What is asked, as far as the rules care.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ask<'a> {
+    pub(crate) tenant: usize,
+    pub(crate) location: &'a Location,
+    pub(crate) model: Option<&'a Arc<str>>,
+}
+
+/// Refuses, before any of the body is read, a tenant whose data may not be where this gateway stands.
+///
+/// # Errors
+/// [`Error::GatewayOutside`].
+pub(crate) fn admit(snapshot: &Snapshot, caller: &Caller) -> Result<(), Error> {
+    if snapshot.tenants[caller.tenant].rule.allows_gateway() { Ok(()) } else { Err(Error::GatewayOutside) }
+}
+
+/// The model as the snapshot knows it.
+///
+/// # Errors
+/// A model that no region declares, or that is not for this tenant.
+pub(crate) fn model<'s>(snapshot: &'s Snapshot, caller: &Caller, name: &str) -> Result<&'s Arc<str>, Error> {
+    let (known, _) = snapshot.model(name).ok_or(Error::UnknownModel)?;
+    let tenant = &snapshot.config.tenants[caller.tenant];
+    if tenant.models.is_empty() || tenant.models.contains(name) { Ok(known) } else { Err(Error::ModelForbidden) }
+}
+
+/// Applies the rules.
+///
+/// # Errors
+/// No region may see the request.
+pub(crate) fn permit(snapshot: &Snapshot, ask: &Ask<'_>) -> Result<Permitted, Error> {
+    let declaring = ask.model.map(|model| snapshot.model(model).map_or(RegionSet::EMPTY, |(_, declaring)| declaring));
+    let tenant = &snapshot.tenants[ask.tenant].rule;
+    Ok(permit_regions(snapshot.all_regions, declaring, tenant, &snapshot.country_rules, ask.location)?)
+}
+
+/// Holds a later attempt to the newest rules as well: what they no longer permit is taken out, whatever the snapshot that
+/// the request began with says. A tenant or a region that is gone is not permitted.
+pub(crate) fn hold_to(newest: &Snapshot, begun: &Snapshot, permitted: Permitted, ask: &Ask<'_>) -> Permitted {
+    let name = &begun.tenants[ask.tenant].name;
+    let now = newest.tenants.iter().position(|tenant| tenant.name == *name).and_then(|tenant| {
+        // Known by name to the newer snapshot, where the model may be declared by fewer regions.
+        permit(newest, &Ask { tenant, ..*ask }).ok()
+    });
+    permitted.narrowed(|region| {
+        let name = &begun.regions[region.get()].name;
+        now.as_ref().is_some_and(|now| now.regions().iter().any(|other| newest.regions[other.get()].name == *name))
+    })
+}

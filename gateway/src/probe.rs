@@ -1,0 +1,88 @@
+//! Probes: one task for each endpoint asks it whether it is ready, and measures how long that takes.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use http::StatusCode;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::app::Shared;
+use crate::config;
+use crate::endpoint::{Change, Endpoint, ProbeResult};
+use crate::upstream;
+
+/// What every worker answers (Open Inference Protocol v2, "server ready").
+const PATH: &str = "/v2/health/ready";
+
+/// The header in which a worker names its region.
+const REGION: &str = "isochrone-region";
+
+/// The running probes, by endpoint. Dropping one's guard ends it.
+pub(crate) struct Probes {
+    shared: Arc<Shared>,
+    running: HashMap<Box<str>, DropGuard>,
+}
+
+impl Probes {
+    /// Starts a probe for each endpoint of the snapshot in force.
+    pub(crate) fn start(shared: Arc<Shared>) -> Probes {
+        let mut probes = Probes { shared, running: HashMap::new() };
+        probes.follow();
+        probes
+    }
+
+    /// Ends the probes of endpoints that are gone and starts those of new ones.
+    pub(crate) fn follow(&mut self) {
+        let snapshot = self.shared.snapshot.load_full();
+        self.running.retain(|id, _| snapshot.endpoints.iter().any(|endpoint| endpoint.config.id == *id));
+        for endpoint in snapshot.endpoints.iter().filter(|endpoint| endpoint.config.http.is_some()) {
+            self.running.entry(endpoint.config.id.clone()).or_insert_with(|| {
+                let stop = CancellationToken::new();
+                let (shared, endpoint, stopped) = (Arc::clone(&self.shared), Arc::clone(endpoint), stop.clone());
+                tokio::spawn(async move { stopped.run_until_cancelled(probe(shared, endpoint)).await });
+                stop.drop_guard()
+            });
+        }
+    }
+}
+
+async fn probe(shared: Arc<Shared>, endpoint: Arc<Endpoint>) {
+    loop {
+        let rules = shared.snapshot.load().config.probes;
+        let result = tokio::time::timeout(rules.timeout, ask(&endpoint)).await;
+        let result = result.unwrap_or_else(|_| ProbeResult::Failed(format!("no answer within {:?}", rules.timeout)));
+        let changed = endpoint.probed(result, shared.now(), &shared.snapshot.load().config);
+        if let Some(change) = changed {
+            tell(&endpoint, &change);
+        }
+        tokio::time::sleep(jittered(&rules)).await;
+    }
+}
+
+async fn ask(endpoint: &Endpoint) -> ProbeResult {
+    match upstream::probe(endpoint, PATH).await {
+        Ok((head, took)) if head.status == StatusCode::OK => ProbeResult::Ready {
+            region: head.headers.get(REGION).and_then(|name| name.to_str().ok()).map(str::to_owned),
+            round_trip_ms: took.as_secs_f32() * 1000.0,
+        },
+        Ok((head, _)) => ProbeResult::Failed(format!("it answers {}", head.status)),
+        Err(why) => ProbeResult::Failed(why),
+    }
+}
+
+/// Without jitter the probes of many gateways fall into step and arrive as one burst.
+fn jittered(rules: &config::Probes) -> std::time::Duration {
+    rules.interval.mul_f32(1.0 + rules.jitter * (fastrand::f32() * 2.0 - 1.0))
+}
+
+fn tell(endpoint: &Endpoint, change: &Change) {
+    let (region, address) = (&endpoint.config.region, endpoint.name());
+    match change {
+        Change::Healthy => tracing::info!(%region, endpoint = address, "endpoint healthy"),
+        Change::Unhealthy(why) => tracing::warn!(%region, endpoint = address, why, "endpoint unhealthy"),
+        Change::WrongRegion(named) => {
+            tracing::error!(%region, endpoint = address, named = named.as_deref().unwrap_or("none"),
+            "the endpoint does not name its file's region; it gets no request. Correct its URL, or the worker's --region")
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! Hot reload: a change of a file, or SIGHUP, leads to a new snapshot, or to nothing but an error in the log.
+//!
+//! All is read, validated and built before one pointer is swapped. Directories are watched rather than files, so that an
+//! atomic rename and a swapped symbolic link are seen like an edit.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use notify::event::{AccessKind, AccessMode};
+use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+
+use crate::app::Shared;
+use crate::config::{self, Config, Opened, Rejected};
+use crate::probe::Probes;
+use crate::snapshot::Snapshot;
+
+/// However busy the directory, a change is read after so many settling times.
+const SETTLES_MAX: usize = 20;
+
+/// Watches for ever. Gives the reason why it cannot.
+pub(crate) async fn watch(directory: PathBuf, shared: Arc<Shared>, mut opened: Opened, mut probes: Probes) -> String {
+    let changed = Arc::new(Notify::new());
+    let mut watched = match Watched::start(Arc::clone(&changed)) {
+        Ok(watched) => watched,
+        Err(error) => return error.to_string(),
+    };
+    let Ok(mut hangup) = signal(SignalKind::hangup()) else { return "no handler for SIGHUP".into() };
+    watched.follow(&shared.snapshot.load().config, &directory);
+    loop {
+        tokio::select! {
+            () = changed.notified() => settle(&changed, &shared).await,
+            _ = hangup.recv() => {}
+        }
+        let reading = directory.clone();
+        let read = tokio::task::spawn_blocking(move || (config::load(&reading, &mut opened), opened)).await;
+        let result;
+        (result, opened) = match read {
+            Ok(read) => read,
+            Err(error) => return error.to_string(),
+        };
+        match result {
+            Ok(config) => {
+                accept(&shared, config);
+                probes.follow();
+                watched.follow(&shared.snapshot.load().config, &directory);
+            }
+            Err(rejected) => reject(&shared, rejected),
+        }
+    }
+}
+
+/// Waits until the directory is quiet: an editor writes more than once, and a copy takes more than one file.
+async fn settle(changed: &Notify, shared: &Shared) {
+    let settle = shared.snapshot.load().config.settle;
+    for _ in 0..SETTLES_MAX {
+        if tokio::time::timeout(settle, changed.notified()).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn accept(shared: &Shared, config: Config) {
+    let before = shared.snapshot.load_full();
+    for (what, same) in [
+        ("listeners", addresses(&before.config) == addresses(&config)),
+        ("admin.address", before.config.admin == config.admin),
+        ("gateway.cores", before.config.cores == config.cores),
+        ("telemetry.otlp", before.config.telemetry.otlp == config.telemetry.otlp),
+    ] {
+        if !same {
+            tracing::warn!(setting = what, "a change of this setting takes effect at the next start");
+        }
+    }
+    let snapshot = Snapshot::compile(config, Some(&before));
+    tracing::info!(revision = %snapshot.config.revision, regions = snapshot.regions.len(),
+        endpoints = snapshot.endpoints.len(), "configuration accepted");
+    shared.snapshot.store(Arc::new(snapshot));
+    let mut state = shared.config_state.lock();
+    state.accepted_at = SystemTime::now();
+    state.rejected = None;
+}
+
+fn addresses(config: &Config) -> BTreeSet<(std::net::SocketAddr, bool)> {
+    config.listeners.iter().map(|listener| (listener.address, listener.tls.is_some())).collect()
+}
+
+fn reject(shared: &Shared, rejected: Rejected) {
+    for problem in &rejected.problems {
+        tracing::error!(file = %problem.file.display(), line = problem.line, column = problem.column,
+            reason = problem.message, rejected = %rejected.revision, "configuration rejected; the old one stays in force");
+    }
+    shared.config_state.lock().rejected = Some(rejected);
+}
+
+/// The directories being watched.
+struct Watched {
+    watcher: RecommendedWatcher,
+    directories: BTreeSet<PathBuf>,
+}
+
+impl Watched {
+    fn start(changed: Arc<Notify>) -> notify::Result<Watched> {
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // Reading is no change; an overflow or an error may hide one.
+            if event.is_ok_and(|event| !matters(event.kind)) {
+                return;
+            }
+            changed.notify_one();
+        })?;
+        Ok(Watched { watcher, directories: BTreeSet::new() })
+    }
+
+    /// Watches what this configuration depends on, and no more.
+    fn follow(&mut self, config: &Config, directory: &Path) {
+        let wanted = config.watched(directory);
+        for gone in self.directories.difference(&wanted) {
+            // A directory that no longer exists is no longer watched either way.
+            let _ = self.watcher.unwatch(gone);
+        }
+        for new in wanted.difference(&self.directories) {
+            if let Err(error) = self.watcher.watch(new, RecursiveMode::NonRecursive) {
+                tracing::warn!(directory = %new.display(), %error, "not watched; SIGHUP makes the gateway read changes there");
+            }
+        }
+        self.directories = wanted;
+    }
+}
+
+fn matters(kind: EventKind) -> bool {
+    match kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => true,
+        EventKind::Access(_) => false,
+        _ => true,
+    }
+}

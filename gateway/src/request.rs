@@ -1,0 +1,126 @@
+//! The page: one request from its head to its answer.
+//!
+//! identify -> locate -> admit -> receive -> permit -> attempt -> respond. Every step either gives what the next one
+//! demands or an error, which [`respond::refuse`] turns into an answer; there is no other way out.
+
+mod strict;
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use futures_util::FutureExt;
+use http::request::Parts;
+use http::{HeaderValue, Request, Response};
+use hyper::body::Incoming;
+use serde_json::json;
+use tokio::time::Instant;
+
+use crate::app::Core;
+use crate::attempt::{self, Answer, Attempted, Forwarded};
+use crate::body::{self, ReceiveLimits, ResponseBody};
+use crate::call::{self, Dialect};
+use crate::error::Error;
+use crate::event::Record;
+use crate::identity::{self, Caller, Peer};
+use crate::policy::{self, Ask};
+use crate::snapshot::Snapshot;
+use crate::{geo, respond};
+
+/// What a request leads to.
+enum Outcome {
+    Forward(Answer),
+    Own(serde_json::Value),
+}
+
+/// Serves one request.
+pub(crate) async fn serve(core: Arc<Core>, peer: Arc<Peer>, request: Request<Incoming>) -> Response<ResponseBody> {
+    let snapshot = core.shared.snapshot.load_full();
+    let (head, body) = request.into_parts();
+    let dialect = call::dialect(&head);
+    let mut record = Record::begin(&snapshot, &peer, &head);
+
+    let outcome = match Core::admit(&core, &snapshot) {
+        None => Err(Error::Overloaded),
+        Some(permit) => {
+            record.admitted(permit);
+            let answering = answer(&core, &snapshot, &peer, &head, body, &mut record);
+            // A panic is a mistake of ours: it costs this request, not the others on the connection or the process.
+            AssertUnwindSafe(answering).catch_unwind().await.unwrap_or_else(|_| {
+                core.shared.counts.panics.fetch_add(1, Relaxed);
+                Err(Error::Internal)
+            })
+        }
+    };
+    match outcome {
+        Ok(Outcome::Forward(answer)) => respond::forward(&core, &snapshot, answer, dialect == Dialect::Grpc, record),
+        Ok(Outcome::Own(document)) => respond::json(&core, &document, record),
+        Err(error) => respond::refuse(&core, error, dialect, record),
+    }
+}
+
+async fn answer(
+    core: &Core,
+    snapshot: &Arc<Snapshot>,
+    peer: &Peer,
+    head: &Parts,
+    body: Incoming,
+    record: &mut Record,
+) -> Result<Outcome, Error> {
+    let config = &snapshot.config;
+    let client_ip = identity::client_ip(peer, &head.headers);
+    record.addressed(client_ip);
+    strict::check(head)?;
+    let call = call::parse(head)?;
+    let caller = identity::identify(snapshot, client_ip, &head.headers)?;
+    record.identified(client_ip, &snapshot.tenants[caller.tenant].name);
+    let location = geo::locate(config, client_ip);
+    record.located(location);
+    policy::admit(snapshot, &caller)?;
+    if call.list_models {
+        return Ok(Outcome::Own(models(snapshot, &caller, &location)));
+    }
+
+    let deadline = attempt::deadline(&head.headers, Instant::now(), config.attempts.timeout);
+    let limits = ReceiveLimits {
+        whole_bytes: config.limits.openai_bytes,
+        keep_bytes: config.attempts.replay_bytes,
+        timeout: config.limits.body_timeout,
+    };
+    let (body, model) = body::receive(body, &call, limits).await?;
+    let model = model.map(|name| policy::model(snapshot, &caller, &name)).transpose()?;
+    let ask = Ask { tenant: caller.tenant, location: &location, model };
+    let permitted = policy::permit(snapshot, &ask)?;
+    record.permitted(model, permitted.regions().len());
+
+    let forwarded = forwarded(&caller, peer, record);
+    let attempted = Attempted { snapshot, permitted, ask, call: &call, head, body, deadline, forwarded };
+    attempt::run(core, attempted, record).await.map(Outcome::Forward)
+}
+
+fn forwarded(caller: &Caller, peer: &Peer, record: &Record) -> Forwarded {
+    // An address is made of digits, letters, dots and colons.
+    let client_ip =
+        HeaderValue::try_from(caller.client_ip.to_string()).unwrap_or_else(|_| HeaderValue::from_static("unknown"));
+    Forwarded { client_ip, secure: peer.secure, request_id: record.request_id.clone() }
+}
+
+/// The models that this caller could be served, in OpenAI's form.
+fn models(snapshot: &Snapshot, caller: &Caller, location: &isochrone_core::geo::Location) -> serde_json::Value {
+    let mut names: Vec<&str> = snapshot
+        .models
+        .keys()
+        .filter(|name| {
+            policy::model(snapshot, caller, name).is_ok_and(|model| {
+                policy::permit(snapshot, &Ask { tenant: caller.tenant, location, model: Some(model) }).is_ok()
+            })
+        })
+        .map(|name| &**name)
+        .collect();
+    names.sort_unstable();
+    let data: Vec<_> = names
+        .iter()
+        .map(|name| json!({ "id": name, "object": "model", "created": 0, "owned_by": "isochrone" }))
+        .collect();
+    json!({ "object": "list", "data": data })
+}

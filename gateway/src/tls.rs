@@ -1,0 +1,76 @@
+//! TLS on both sides, by rustls with aws-lc.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use sha2::{Digest, Sha256};
+
+/// What a listener presents to its clients. Resumption by tickets, HTTP/2 preferred.
+///
+/// # Errors
+/// The entry at fault, `certificate` or `key`, and what is wrong with it.
+pub(crate) fn server_config(certificate: &Path, key: &Path) -> Result<ServerConfig, (&'static str, String)> {
+    let chain = certificates(certificate).map_err(|message| ("certificate", message))?;
+    let private = PrivateKeyDer::from_pem_file(key)
+        .map_err(|error| ("key", format!("{}: no private key in PEM form: {error}", key.display())))?;
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_safe_default_protocol_versions()
+        .and_then(|builder| builder.with_no_client_auth().with_single_cert(chain, private))
+        .map_err(|error| {
+            let pair = format!("{} and {}", certificate.display(), key.display());
+            let message = match error {
+                rustls::Error::InconsistentKeys(_) => format!("{pair}: the key is not the certificate's"),
+                error => format!("{pair}: {error}"),
+            };
+            ("key", message)
+        })?;
+    config.ticketer = rustls::crypto::aws_lc_rs::Ticketer::new()
+        .map_err(|error| ("key", format!("no random numbers for session tickets: {error}")))?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+/// The authorities of a PEM file, and a digest of them.
+///
+/// # Errors
+/// What is wrong with the file.
+pub(crate) fn authorities(file: &Path) -> Result<(Arc<RootCertStore>, [u8; 32]), String> {
+    let mut roots = RootCertStore::empty();
+    let mut digest = Sha256::new();
+    for certificate in certificates(file)? {
+        digest.update(&certificate);
+        roots.add(certificate).map_err(|error| format!("{}: {error}", file.display()))?;
+    }
+    Ok((Arc::new(roots), digest.finalize().into()))
+}
+
+/// How to speak to an endpoint whose certificate must come from `roots`.
+pub(crate) fn client_config(roots: Arc<RootCertStore>, alpn: &[&[u8]]) -> Arc<ClientConfig> {
+    #[expect(
+        clippy::expect_used,
+        reason = "the provider's own default versions; checked by a test of `https://` endpoints"
+    )]
+    let builder =
+        ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions().expect("versions");
+    let mut config = builder.with_root_certificates(roots).with_no_client_auth();
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    Arc::new(config)
+}
+
+fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let certificates = CertificateDer::pem_file_iter(file)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|error| format!("{}: no certificate in PEM form: {error}", file.display()))?;
+    if certificates.is_empty() {
+        return Err(format!("{}: there is no certificate in it", file.display()));
+    }
+    Ok(certificates)
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+}

@@ -1,0 +1,240 @@
+//! Sending one request to one endpoint: a pooled connection of this core, or a new one.
+
+mod connect;
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{HOST, TE};
+use http::{HeaderValue, Method, Request, Response, Uri, Version};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use isochrone_core::Time;
+use parking_lot::Mutex;
+
+use crate::body::{ClientBodyError, RequestBody};
+use crate::config::Target;
+use crate::endpoint::Endpoint;
+
+/// The most idle connections that one core keeps to one target.
+const IDLE_MAX: usize = 256;
+
+/// The longest that a connection stays idle. Shorter than servers wait, so that they rarely close one under a request.
+const IDLE_FOR: Duration = Duration::from_secs(20);
+
+/// One core's connections to one target.
+///
+/// The lock is never waited for: only the one thread of this core takes it, and never across an await.
+#[derive(Debug, Default)]
+pub(crate) struct Pool {
+    connections: Mutex<Connections>,
+}
+
+#[derive(Debug, Default)]
+struct Connections {
+    /// Idle ones, the last used last: it is the warmest.
+    http1: Vec<(http1::SendRequest<RequestBody>, Time)>,
+    http2: Option<http2::SendRequest<RequestBody>>,
+}
+
+/// A connection fit for one request.
+#[derive(Debug)]
+enum Connection {
+    Http1 { sender: http1::SendRequest<RequestBody>, reused: bool },
+    Http2(http2::SendRequest<RequestBody>),
+}
+
+/// Why there was no response.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SendError {
+    /// No connection: nothing was sent.
+    #[error("no connection: {why}")]
+    Connect {
+        /// In words for the operator.
+        why: String,
+        /// The body, unused.
+        unsent: Option<RequestBody>,
+    },
+    /// The connection broke; something may have been sent.
+    #[error("the connection broke: {0}")]
+    Reset(hyper::Error),
+    /// The client's body broke off while it was sent on.
+    #[error("the client's body broke off")]
+    ClientBody,
+}
+
+/// Puts a connection back once the body that it carried has ended.
+#[derive(Debug)]
+pub(crate) struct Lease(Option<http1::SendRequest<RequestBody>>);
+
+impl Lease {
+    /// Gives the connection back. Not called for a body that did not end, whose connection is then closed by its drop.
+    pub(crate) fn give_back(self, pool: &Pool, now: Time) {
+        if let Some(sender) = self.0 {
+            let mut connections = pool.connections.lock();
+            if connections.http1.len() < IDLE_MAX {
+                connections.http1.push((sender, now));
+            }
+        }
+    }
+}
+
+/// What is sent, independent of the endpoint.
+#[derive(Debug)]
+pub(crate) struct Outgoing<'a> {
+    pub(crate) method: &'a Method,
+    pub(crate) uri: &'a Uri,
+    pub(crate) headers: http::HeaderMap,
+    pub(crate) grpc: bool,
+}
+
+/// Sends one request over a pool's connection and waits for the response's head.
+///
+/// # Errors
+/// See [`SendError`]. A pooled connection that turns out to be closed before anything was sent is replaced, silently.
+pub(crate) async fn send(
+    target: &Target,
+    pool: &Pool,
+    outgoing: Outgoing<'_>,
+    body: RequestBody,
+    connect_timeout: Duration,
+    now: Time,
+) -> Result<(Response<Incoming>, Lease), SendError> {
+    let path = outgoing.uri.path_and_query().map_or("/", |path| path.as_str());
+    let mut request = Request::new(body);
+    *request.method_mut() = outgoing.method.clone();
+    *request.headers_mut() = outgoing.headers;
+    loop {
+        let connection = match pool.take(now).await {
+            Some(connection) => connection,
+            None => match pool.open(target, connect_timeout).await {
+                Ok(connection) => connection,
+                Err(why) => return Err(SendError::Connect { why, unsent: Some(request.into_body()) }),
+            },
+        };
+        match connection {
+            Connection::Http1 { mut sender, reused } => {
+                *request.version_mut() = Version::HTTP_11;
+                *request.uri_mut() = outgoing.uri.path_and_query().cloned().map_or_else(Uri::default, Uri::from);
+                request.headers_mut().insert(HOST, target.authority.clone());
+                match sender.try_send_request(request).await {
+                    Ok(response) => return Ok((response, Lease(Some(sender)))),
+                    Err(mut error) => match error.take_message() {
+                        // It was closed while idle, and nothing has been sent: another connection.
+                        Some(unsent) if reused => request = unsent,
+                        _ => return Err(reason(error.into_error())),
+                    },
+                }
+            }
+            Connection::Http2(mut sender) => {
+                *request.version_mut() = Version::HTTP_2;
+                *request.uri_mut() = match target.uri(path) {
+                    Ok(uri) => uri,
+                    Err(error) => {
+                        let why = error.to_string();
+                        return Err(SendError::Connect { why, unsent: Some(request.into_body()) });
+                    }
+                };
+                request.headers_mut().remove(HOST);
+                if outgoing.grpc {
+                    // The one hop-by-hop field of HTTP/2 (RFC 9113, section 8.2.2); gRPC demands it.
+                    request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
+                }
+                return match sender.send_request(request).await {
+                    Ok(response) => Ok((response, Lease(None))),
+                    Err(error) => Err(reason(error)),
+                };
+            }
+        }
+    }
+}
+
+fn reason(error: hyper::Error) -> SendError {
+    match std::error::Error::source(&error) {
+        Some(source) if source.is::<ClientBodyError>() => SendError::ClientBody,
+        _ => SendError::Reset(error),
+    }
+}
+
+impl Target {
+    fn uri(&self, path: &str) -> Result<Uri, http::Error> {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        Uri::builder().scheme(scheme).authority(self.authority.as_bytes()).path_and_query(path).build()
+    }
+}
+
+impl Pool {
+    /// A pooled connection that is ready. Closed and over-aged ones are dropped on the way.
+    async fn take(&self, now: Time) -> Option<Connection> {
+        loop {
+            let (mut sender, since) = {
+                let mut connections = self.connections.lock();
+                if let Some(sender) = &connections.http2 {
+                    if !sender.is_closed() {
+                        return Some(Connection::Http2(sender.clone()));
+                    }
+                    connections.http2 = None;
+                }
+                connections.http1.pop()?
+            };
+            if now.since(since) > IDLE_FOR {
+                // The older ones lie below it.
+                self.connections.lock().http1.clear();
+                return None;
+            }
+            // Not ready yet may only mean that its task has not run since the last body ended.
+            if sender.is_ready() || sender.ready().await.is_ok() {
+                return Some(Connection::Http1 { sender, reused: true });
+            }
+        }
+    }
+
+    async fn open(&self, target: &Target, timeout: Duration) -> Result<Connection, String> {
+        let opened = tokio::time::timeout(timeout, connect::connect(target))
+            .await
+            .unwrap_or_else(|_| Err(format!("not within {timeout:?}")))?;
+        Ok(match opened {
+            connect::Opened::Http1(sender) => Connection::Http1 { sender, reused: false },
+            connect::Opened::Http2(sender) => {
+                // Of several opened at once the last is kept; the others end with their requests.
+                self.connections.lock().http2 = Some(sender.clone());
+                Connection::Http2(sender)
+            }
+        })
+    }
+}
+
+/// The longest body of a probe's answer that is read.
+const PROBE_BODY_MAX: usize = 64 << 10;
+
+/// Asks an endpoint for a path over a connection of its own, so that a probe measures the network and not a queue of
+/// requests. Gives the head of the answer and how long it took on the open connection.
+///
+/// # Errors
+/// No connection, or no whole answer; in words.
+pub(crate) async fn probe(endpoint: &Endpoint, path: &str) -> Result<(http::response::Parts, Duration), String> {
+    let target = endpoint.config.http.as_ref().ok_or("it has no HTTP address")?;
+    let opened = connect::connect(target).await?;
+    let mut request = Request::new(RequestBody::empty());
+    *request.uri_mut() = path.parse().map_err(|error| format!("{error}"))?;
+    let began = std::time::Instant::now();
+    let response = match opened {
+        connect::Opened::Http1(mut sender) => {
+            request.headers_mut().insert(HOST, target.authority.clone());
+            sender.send_request(request).await
+        }
+        connect::Opened::Http2(mut sender) => {
+            *request.uri_mut() = target.uri(path).map_err(|error| error.to_string())?;
+            sender.send_request(request).await
+        }
+    };
+    let (head, body) = response.map_err(|error| format!("no answer: {error}"))?.into_parts();
+    let took = began.elapsed();
+    http_body_util::Limited::new(body, PROBE_BODY_MAX)
+        .collect()
+        .await
+        .map(http_body_util::Collected::<Bytes>::to_bytes)
+        .map_err(|error| format!("half an answer: {error}"))?;
+    Ok((head, took))
+}
