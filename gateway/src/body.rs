@@ -69,7 +69,7 @@ impl Received {
     }
 
     /// Takes back a body of which nothing was sent.
-    pub(crate) fn put_back(&mut self, unsent: Option<RequestBody>) {
+    pub(crate) fn put_back(&mut self, unsent: Option<Box<RequestBody>>) {
         if let Some(unsent) = unsent {
             debug_assert_eq!(unsent.next, 0, "a body of which something was sent");
             self.rest = unsent.rest;

@@ -54,7 +54,7 @@ pub(crate) enum SendError {
         /// In words for the operator.
         why: String,
         /// The body, unused.
-        unsent: Option<RequestBody>,
+        unsent: Option<Box<RequestBody>>,
     },
     /// The connection broke; something may have been sent.
     #[error("the connection broke: {0}")]
@@ -110,7 +110,7 @@ pub(crate) async fn send(
             Some(connection) => connection,
             None => match pool.open(target, connect_timeout).await {
                 Ok(connection) => connection,
-                Err(why) => return Err(SendError::Connect { why, unsent: Some(request.into_body()) }),
+                Err(why) => return Err(SendError::Connect { why, unsent: Some(Box::new(request.into_body())) }),
             },
         };
         match connection {
@@ -133,7 +133,7 @@ pub(crate) async fn send(
                     Ok(uri) => uri,
                     Err(error) => {
                         let why = error.to_string();
-                        return Err(SendError::Connect { why, unsent: Some(request.into_body()) });
+                        return Err(SendError::Connect { why, unsent: Some(Box::new(request.into_body())) });
                     }
                 };
                 request.headers_mut().remove(HOST);
@@ -191,7 +191,8 @@ impl Pool {
     }
 
     async fn open(&self, target: &Target, timeout: Duration) -> Result<Connection, String> {
-        let opened = tokio::time::timeout(timeout, connect::connect(target))
+        // Boxed: it is large and rare, and would make every request's future as large.
+        let opened = tokio::time::timeout(timeout, Box::pin(connect::connect(target)))
             .await
             .unwrap_or_else(|_| Err(format!("not within {timeout:?}")))?;
         Ok(match opened {
@@ -215,7 +216,7 @@ const PROBE_BODY_MAX: usize = 64 << 10;
 /// No connection, or no whole answer; in words.
 pub(crate) async fn probe(endpoint: &Endpoint, path: &str) -> Result<(http::response::Parts, Duration), String> {
     let target = endpoint.config.http.as_ref().ok_or("it has no HTTP address")?;
-    let opened = connect::connect(target).await?;
+    let opened = Box::pin(connect::connect(target)).await?;
     let mut request = Request::new(RequestBody::empty());
     *request.uri_mut() = path.parse().map_err(|error| format!("{error}"))?;
     let began = std::time::Instant::now();

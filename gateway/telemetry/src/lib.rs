@@ -57,6 +57,10 @@ impl Drop for Guard {
 /// dropped, never a request.
 pub fn start(settings: &Settings<'_>, log: log::Log) -> Result<Guard, String> {
     let provider = settings.otlp.map(|endpoint| tracer_provider(settings, endpoint)).transpose()?;
+    if let Some(provider) = &provider {
+        // For the spans that are made after the fact (`trace::child`).
+        opentelemetry::global::set_tracer_provider(provider.clone());
+    }
     let spans = provider.as_ref().map(|provider| {
         tracing_opentelemetry::layer()
             .with_tracer(provider.tracer("isochrone"))

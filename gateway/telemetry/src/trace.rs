@@ -1,9 +1,11 @@
 //! W3C Trace Context in and out of HTTP headers (<https://www.w3.org/TR/trace-context/>).
 
+use std::time::SystemTime;
+
 use http::{HeaderMap, HeaderName, HeaderValue};
-use opentelemetry::Context;
 use opentelemetry::propagation::{Extractor, Injector, TextMapPropagator};
-use opentelemetry::trace::TraceContextExt;
+use opentelemetry::trace::{Span as _, TraceContextExt, Tracer};
+use opentelemetry::{Context, KeyValue};
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
@@ -36,6 +38,13 @@ pub fn adopt(span: &Span, parent: Context) {
 /// Writes the headers that make the receiver's span a child of `span`.
 pub fn inject(span: &Span, headers: &mut HeaderMap) {
     TraceContextPropagator::new().inject_context(&span.context(), &mut HeadersMut(headers));
+}
+
+/// Adds a span that has already passed below `span`: a step that ran on another thread and was only timed there.
+pub fn child(span: &Span, name: &'static str, began: SystemTime, ended: SystemTime, attributes: Vec<KeyValue>) {
+    let tracer = opentelemetry::global::tracer("isochrone");
+    let builder = tracer.span_builder(name).with_start_time(began).with_attributes(attributes);
+    tracer.build_with_context(builder, &span.context()).end_with_timestamp(ended);
 }
 
 /// The trace's id as 32 hexadecimal digits, for log lines that lead to it.
