@@ -245,7 +245,7 @@ mod tests {
             settled(&runner, at + 1).await;
         }
         // The first is taken alone: nobody else waited yet, or those that did went along. Its batch is let go last.
-        (0..5).for_each(|_| drop(go.send(())));
+        (0..5).for_each(|_| go.send(()).expect("the model listens"));
         for task in tasks {
             let (count, result) = task.await.expect("no panic");
             assert_eq!(result.expect("computed"), Data::Int64(vec![count as i64]));
@@ -266,7 +266,7 @@ mod tests {
             tasks.push(tokio::spawn(async move { answer(&runner_, 1).await }));
         }
         // At most one being computed, one taken out and two in the queue.
-        (0..6).for_each(|_| drop(go.send(())));
+        (0..6).for_each(|_| go.send(()).expect("the model listens"));
         for task in tasks {
             match task.await.expect("no panic") {
                 Ok(_) => {}
@@ -297,7 +297,7 @@ mod tests {
         settled(&runner, 3).await;
         abandoned.abort();
         assert!(abandoned.await.expect_err("aborted").is_cancelled());
-        (0..2).for_each(|_| drop(go.send(())));
+        (0..2).for_each(|_| go.send(()).expect("the model listens"));
         assert!(holding.await.expect("no panic").is_ok());
         assert!(matches!(expired.await.expect("no panic"), Err(RunError::Expired)));
         assert!(answer(&runner, 4).await.is_ok());
@@ -308,7 +308,7 @@ mod tests {
     #[tokio::test]
     async fn a_failure_and_a_panic_cost_their_batch_only() {
         let (runner, go, _seen) = start(Bounds { queue: 16, batch_rows: 1 });
-        (0..3).for_each(|_| drop(go.send(())));
+        (0..3).for_each(|_| go.send(()).expect("the model listens"));
         assert!(matches!(answer(&runner, 13).await, Err(RunError::Failed(_))));
         assert!(matches!(answer(&runner, 7).await, Err(RunError::Failed(_))));
         assert_eq!(answer(&runner, 2).await.expect("computed"), Data::Int64(vec![2]));

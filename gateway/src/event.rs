@@ -225,7 +225,14 @@ impl Record {
         self.answered = Some(Instant::now());
         self.status = status;
         self.error = error.map(Error::code);
+        if self.span.is_none() {
+            return;
+        }
         self.span.record("http.response.status_code", status.as_u16());
+        self.span.record("isochrone.request_id", self.request_id.to_str().unwrap_or_default());
+        self.span.record("isochrone.attempts", self.attempts);
+        self.span.record("isochrone.reason", self.reason.as_str());
+        self.span.record("isochrone.region", self.region().unwrap_or_default());
         if let Some(error) = self.error {
             self.span.record("error.type", error);
         }

@@ -81,8 +81,9 @@ fn tell(endpoint: &Endpoint, change: &Change) {
         Change::Healthy => tracing::info!(%region, endpoint = address, "endpoint healthy"),
         Change::Unhealthy(why) => tracing::warn!(%region, endpoint = address, why, "endpoint unhealthy"),
         Change::WrongRegion(named) => {
-            tracing::error!(%region, endpoint = address, named = named.as_deref().unwrap_or("none"),
-            "the endpoint does not name its file's region; it gets no request. Correct its URL, or the worker's --region")
+            let named = named.as_deref().unwrap_or("none");
+            tracing::error!(%region, endpoint = address, named, "the endpoint does not name its file's region; \
+                it gets no request. Correct its URL, or the worker's --region");
         }
     }
 }

@@ -1,0 +1,11 @@
+//! Load for Isochrone, and what its end-to-end tests share with that.
+
+pub mod arrival;
+
+pub mod client;
+
+pub mod clients;
+
+pub mod report;
+
+pub mod run;

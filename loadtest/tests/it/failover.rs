@@ -1,0 +1,147 @@
+//! Workers that die, and what their clients see of it: nothing.
+
+use std::time::{Duration, Instant};
+
+use http::StatusCode;
+use serde_json::Value;
+
+use crate::world::{Ask, GERMANY, Plan, World, embeddings_body};
+
+/// The German request is answered throughout; the walled tenant's goes nowhere else.
+#[tokio::test]
+async fn a_killed_region_is_replaced_and_returns_and_residency_holds() {
+    let mut world = World::start("failover", Plan::default()).await;
+    let mut connection = world.connect().await;
+    let mut german = async |world: &World| {
+        if connection.is_closed() {
+            connection = world.connect().await;
+        }
+        connection.send(Ask::from(GERMANY).request()).await.expect("an answer")
+    };
+    assert_eq!(german(&world).await.header("isochrone-region"), "eu-west");
+
+    world.workers.get_mut("eu-west").expect("started").kill();
+    let mut twice = 0;
+    let mut in_a_row = 0;
+    let since = Instant::now();
+    while in_a_row < 50 {
+        let answer = german(&world).await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", String::from_utf8_lossy(&answer.body));
+        assert_eq!(answer.header("isochrone-region"), "us-east");
+        match answer.header("isochrone-attempts") {
+            "1" => in_a_row += 1,
+            "2" => {
+                assert!(
+                    answer.header("isochrone-reason").contains("after eu-west"),
+                    "{}",
+                    answer.header("isochrone-reason")
+                );
+                (twice, in_a_row) = (twice + 1, 0);
+            }
+            other => panic!("{other} attempts"),
+        }
+        assert!(since.elapsed() < Duration::from_secs(20), "attempts stay at 2");
+    }
+    assert!((1..=10).contains(&twice), "{twice} requests took two attempts");
+
+    // The wall: refused, not moved.
+    for at in 0..20 {
+        let id = format!("walled-{at}");
+        let answer = world.ask(Ask { tenant: "demo-eu", headers: vec![("x-request-id", id)], ..Ask::default() }).await;
+        assert_eq!((answer.status.as_u16(), answer.header("retry-after")), (503, "1"));
+        let error: Value = serde_json::from_slice(&answer.body).expect("JSON");
+        assert!(error["error"].is_string());
+    }
+
+    world.start_worker("eu-west");
+    world
+        .until("traffic returns", async |world| {
+            let answer = german(world).await;
+            assert_eq!(answer.status, StatusCode::OK);
+            (answer.header("isochrone-region") == "eu-west").then_some(())
+        })
+        .await;
+    world
+        .until("the walled tenant is served again", async |world| {
+            let answer = world.ask(Ask {
+                tenant: "demo-eu",
+                headers: vec![("x-request-id", "walled-end".into())],
+                ..Ask::default()
+            });
+            (answer.await.status == StatusCode::OK).then_some(())
+        })
+        .await;
+    // The workers' own logs are the witness. First the one that must have it, so that a log not yet written proves nothing.
+    world
+        .until("the worker's log is written", async |world| {
+            world.workers["eu-west"].log().contains("walled-end").then_some(())
+        })
+        .await;
+    for region in ["us-east", "ap-northeast"] {
+        assert!(!world.workers[region].log().contains("walled-"), "{region} saw a request of the walled tenant");
+    }
+}
+
+/// A worker dies while it computes: the request is computed again elsewhere.
+#[tokio::test]
+async fn a_worker_killed_in_the_middle_of_a_request_costs_the_client_nothing() {
+    let mut world = World::start("mid-request", Plan::minilm()).await;
+    // Some seconds of work.
+    let texts: Vec<String> =
+        (0..400).map(|at| format!("{at} {}", "a long text about nothing in particular ".repeat(8))).collect();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let ask = Ask { path: "/v1/embeddings", body: embeddings_body(&texts), ..Ask::default() };
+    let destination = world.destination(false);
+    let asking = tokio::spawn(async move { destination.connect().await.expect("connects").send(ask.request()).await });
+    world
+        .until("the request is with the worker", async |world| {
+            let regions = world.regions().await?;
+            let eu = regions.as_array()?.iter().find(|region| region["region"] == "eu-west")?.clone();
+            (eu["endpoints"][0]["in_flight"] == 1).then_some(())
+        })
+        .await;
+    world.workers.get_mut("eu-west").expect("started").kill();
+    let answer = asking.await.expect("no panic").expect("an answer");
+    assert_eq!(answer.status, StatusCode::OK, "{}", String::from_utf8_lossy(&answer.body));
+    assert_eq!((answer.header("isochrone-region"), answer.header("isochrone-attempts")), ("us-east", "2"));
+    assert!(answer.header("isochrone-reason").contains("after eu-west reset"), "{}", answer.header("isochrone-reason"));
+}
+
+/// Nothing accepted is dropped by a SIGTERM.
+#[tokio::test]
+async fn a_gateway_told_to_end_answers_what_it_has_accepted() {
+    let mut world = World::start("drain", Plan::minilm()).await;
+    let text = "a long text about nothing in particular ".repeat(8);
+    let texts: Vec<&str> = (0..100).map(|_| text.as_str()).collect();
+    let ask = Ask { path: "/v1/embeddings", body: embeddings_body(&texts), ..Ask::default() };
+    let destination = world.destination(false);
+    let asking = tokio::spawn(async move { destination.connect().await.expect("connects").send(ask.request()).await });
+    world
+        .until("the request is in flight", async |world| {
+            let regions = world.regions().await?.to_string();
+            regions.contains("\"in_flight\":1").then_some(())
+        })
+        .await;
+    let status = world.gateway.as_mut().expect("started").terminate();
+    assert!(status.success(), "{status}");
+    let answer = asking.await.expect("no panic").expect("an answer");
+    assert_eq!(answer.status, StatusCode::OK);
+}
+
+/// The deadline is the client's, and reaches it as one.
+#[tokio::test]
+async fn a_deadline_is_kept() {
+    let world = World::start("deadline", Plan::minilm()).await;
+    let text = "a long text about nothing in particular ".repeat(30);
+    let texts: Vec<&str> = (0..400).map(|_| text.as_str()).collect();
+    let ask = Ask {
+        path: "/v1/embeddings",
+        body: embeddings_body(&texts),
+        headers: vec![("x-request-timeout-ms", "300".into())],
+        ..Ask::default()
+    };
+    let since = Instant::now();
+    let answer = world.ask(ask).await;
+    assert_eq!(answer.status, StatusCode::GATEWAY_TIMEOUT);
+    assert!(since.elapsed() < Duration::from_secs(3), "{:?}", since.elapsed());
+}

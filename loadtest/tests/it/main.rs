@@ -1,0 +1,29 @@
+//! End to end: the real gateway and real workers as processes on free ports, real models, real GeoIP data, real TLS.
+//!
+//! One binary, so that it is linked once. `./deploy/local/test` builds what it starts.
+
+#![allow(unreachable_pub, reason = "one binary: nothing here is for others")]
+
+mod embeddings;
+
+mod failover;
+
+mod forwarding;
+
+mod load;
+
+mod protocols;
+
+mod reload;
+
+mod startup;
+
+mod steering;
+
+mod stub;
+
+mod traces;
+
+mod worker;
+
+mod world;

@@ -1,0 +1,136 @@
+//! Changes of the directory while the gateway runs.
+
+use http::StatusCode;
+use serde_json::Value;
+
+use crate::world::{Ask, GERMANY, Plan, World};
+
+#[tokio::test]
+async fn a_region_drains_and_returns_by_its_file() {
+    let world = World::start("drain-file", Plan::default()).await;
+    let mut connection = world.connect().await;
+    let mut region = async || {
+        let answer = connection.send(Ask::from(GERMANY).request()).await.expect("an answer");
+        assert_eq!((answer.status, answer.header("isochrone-attempts")), (StatusCode::OK, "1"));
+        answer.header("isochrone-region").to_owned()
+    };
+    assert_eq!(region().await, "eu-west");
+    let revision = async |world: &World| Some(world.admin("/api/config").await?["revision"].clone());
+    let before = revision(&world).await.expect("a revision");
+
+    world.write_region("eu-west", true);
+    world.until("the change is in force", async |world| (revision(world).await? != before).then_some(())).await;
+    assert_eq!(region().await, "us-east");
+
+    // Edited in place this time, as `sed -i` or a person does.
+    let text = std::fs::read_to_string(world.region_file("eu-west")).expect("readable");
+    std::fs::write(world.region_file("eu-west"), text.replace("drain = true", "drain = false")).expect("written");
+    world.until("the old revision is back", async |world| (revision(world).await? == before).then_some(())).await;
+    assert_eq!(region().await, "eu-west");
+
+    // A file taken away is a region taken away; the same connection goes on.
+    std::fs::remove_file(world.region_file("eu-west")).expect("removed");
+    world
+        .until("the region is gone", async |world| (world.regions().await?.as_array()?.len() == 2).then_some(()))
+        .await;
+    assert_eq!(region().await, "us-east");
+}
+
+#[tokio::test]
+async fn an_invalid_directory_changes_nothing_and_says_where_and_why() {
+    let world = World::start("invalid", Plan::default()).await;
+    let before = world.admin("/api/config").await.expect("a configuration");
+    assert_eq!(before["rejected"], Value::Null);
+    let good = std::fs::read_to_string(world.region_file("eu-west")).expect("readable");
+    world.replace(
+        &world.region_file("eu-west"),
+        &good.replace("latitude", "lattitude").replace("country = \"IE\"", "country = \"QQ\""),
+    );
+    let after = world
+        .until("the rejection is told", async |world| {
+            let config = world.admin("/api/config").await?;
+            config["rejected"].is_object().then_some(config)
+        })
+        .await;
+    assert_eq!(after["revision"], before["revision"], "the old revision stays in force");
+    let errors = after["rejected"]["errors"].to_string();
+    assert!(errors.contains("unknown key `lattitude`, did you mean `latitude`?"), "{errors}");
+    let first = &after["rejected"]["errors"][0];
+    assert!(first["file"].as_str().is_some_and(|file| file.ends_with("regions/eu-west.toml")), "{first}");
+    assert_eq!((first["line"].as_u64(), first["column"].as_u64()), (Some(2), Some(1)), "{errors}");
+    let answer = world.ask(Ask::from(GERMANY)).await;
+    assert_eq!((answer.status, answer.header("isochrone-region")), (StatusCode::OK, "eu-west"));
+    assert_eq!(world.admin_text("/readyz").await.as_deref(), Some(&b"ready\n"[..]));
+    let metrics = String::from_utf8(world.admin_text("/metrics").await.expect("metrics").to_vec()).expect("text");
+    assert!(metrics.contains("isochrone_config_rejected 1\n"), "{metrics}");
+    let log = world.gateway.as_ref().expect("started").log();
+    assert!(log.contains("configuration rejected") && log.contains("did you mean"), "{log}");
+    // Half a file, as a copy in progress leaves it, is rejected as well; the whole one is taken.
+    std::fs::write(world.region_file("eu-west"), &good[..good.len() / 2]).expect("written");
+    std::fs::write(world.region_file("eu-west"), &good).expect("written");
+    world
+        .until("the good one is accepted", async |world| {
+            (world.admin("/api/config").await?["rejected"] == Value::Null).then_some(())
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_swapped_symbolic_link_and_sighup_are_seen() {
+    // As Kubernetes mounts a ConfigMap: files are links through `..data`, which is swapped as a whole.
+    let mut world = World::configured("symlink", Plan::default());
+    let regions = world.config().join("regions");
+    let (one, two) = (regions.join("..one"), regions.join("..two"));
+    for (folder, drain) in [(&one, false), (&two, true)] {
+        std::fs::create_dir(folder).expect("a folder");
+        for (region, ..) in crate::world::REGIONS {
+            world.write_region(region, drain && region == "eu-west");
+            std::fs::rename(world.region_file(region), folder.join(format!("{region}.toml"))).expect("moved");
+        }
+    }
+    std::os::unix::fs::symlink("..one", regions.join("..data")).expect("linked");
+    for (region, ..) in crate::world::REGIONS {
+        std::os::unix::fs::symlink(format!("..data/{region}.toml"), world.region_file(region)).expect("linked");
+    }
+    for region in ["ap-northeast", "eu-west", "us-east"] {
+        world.start_worker(region);
+    }
+    world.start_gateway().await;
+    assert_eq!(world.ask(Ask::from(GERMANY)).await.header("isochrone-region"), "eu-west");
+    std::os::unix::fs::symlink("..two", regions.join("..next")).expect("linked");
+    std::fs::rename(regions.join("..next"), regions.join("..data")).expect("swapped");
+    world
+        .until("the swap is seen", async |world| {
+            (world.ask(Ask::from(GERMANY)).await.header("isochrone-region") == "us-east").then_some(())
+        })
+        .await;
+    // Behind the watched folder nothing is seen to change; SIGHUP makes it read again.
+    std::fs::copy(one.join("eu-west.toml"), two.join("eu-west.toml")).expect("copied");
+    world.gateway.as_ref().expect("started").signal("HUP");
+    world
+        .until("SIGHUP is heard", async |world| {
+            (world.ask(Ask::from(GERMANY)).await.header("isochrone-region") == "eu-west").then_some(())
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_tightened_residency_holds_at_once() {
+    let world = World::start("tighten", Plan::default()).await;
+    assert_eq!(world.ask(Ask::from(GERMANY)).await.header("isochrone-region"), "eu-west");
+    let file = world.config().join("tenants.toml");
+    let text = std::fs::read_to_string(&file).expect("readable");
+    world.replace(&file, &text.replace("[tenants.demo]\n", "[tenants.demo]\nresidency = { require = [\"jp\"] }\n"));
+    world
+        .until("the wall is in force", async |world| {
+            (world.ask(Ask::from(GERMANY)).await.header("isochrone-region") == "ap-northeast").then_some(())
+        })
+        .await;
+    // A wall around nothing: residency, not health, is the reason.
+    world.replace(&file, &text.replace("[tenants.demo]\n", "[tenants.demo]\nresidency = { require = [\"mars\"] }\n"));
+    world
+        .until("nothing is permitted", async |world| {
+            (world.ask(Ask::from(GERMANY)).await.status.as_u16() == 451).then_some(())
+        })
+        .await;
+}
