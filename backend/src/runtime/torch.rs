@@ -29,7 +29,14 @@ pub(crate) fn set_threads(threads: usize) {
 /// What is wrong with its files.
 pub(crate) fn load(found: &Found) -> Result<Box<dyn Runtime>, String> {
     match found.spec.kind {
-        model::Kind::SentenceEncoder => Ok(Box::new(SentenceEncoder::load(&found.directory, &found.spec)?)),
+        model::Kind::SentenceEncoder => {
+            let mut encoder = SentenceEncoder::load(&found.directory, &found.spec)?;
+            // The first pass allocates and chooses kernels: it is ours, not the first client's.
+            let warm_up = Input::Tokens(vec![vec![0; 16]; 2]);
+            let warmed = encoder.run(&[warm_up]).pop().unwrap_or_else(|| Err(Failed("no result".into())));
+            warmed.map_err(|error| format!("the first pass failed: {error}"))?;
+            Ok(Box::new(encoder))
+        }
         model::Kind::Torchscript => Ok(Box::new(Script::load(&found.directory, &found.spec)?)),
     }
 }

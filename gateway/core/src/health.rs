@@ -15,7 +15,8 @@ pub struct Health {
     healthy: bool,
     /// Results in a row that disagree with `healthy`.
     against: u32,
-    probed: bool,
+    /// It has been healthy before.
+    known: bool,
 }
 
 impl Health {
@@ -26,20 +27,19 @@ impl Health {
 
     /// Takes in one result. Returns the new judgement if it changed.
     ///
-    /// The very first success counts at once: a gateway that has just started has nothing better to go by, and waiting
-    /// for the threshold would make every start slow.
+    /// The very first success counts at once: there is nothing better to go by, and waiting for the threshold would make
+    /// every start slow. An endpoint that has failed after that has to earn it.
     pub fn observe(&mut self, success: bool, thresholds: Thresholds) -> Option<bool> {
-        let first = !std::mem::replace(&mut self.probed, true);
         if success == self.healthy {
             self.against = 0;
             return None;
         }
         self.against += 1;
         let needed = if success { thresholds.healthy } else { thresholds.unhealthy };
-        if self.against < needed && !(first && success) {
+        if self.against < needed && self.known {
             return None;
         }
-        *self = Health { healthy: success, against: 0, probed: true };
+        *self = Health { healthy: success, against: 0, known: true };
         Some(success)
     }
 }
@@ -72,10 +72,9 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_that_began_by_failing_needs_the_whole_threshold() {
+    fn an_endpoint_that_is_still_starting_is_healthy_with_its_first_success() {
         let mut health = Health::default();
         assert_eq!(health.observe(false, TWO_THREE), None);
-        assert_eq!(health.observe(true, TWO_THREE), None);
         assert_eq!(health.observe(true, TWO_THREE), Some(true));
     }
 }
