@@ -217,32 +217,28 @@ pub(crate) fn model_in_message(body: &[u8]) -> Result<Option<&str>, Error> {
     let length = u32::from_be_bytes(length) as usize;
     let whole = rest.len() >= length;
     let mut message = &rest[..rest.len().min(length)];
+    // A field that does not end within a whole message never will; in a part of one it may.
+    let cut = || if whole { Err(MALFORMED) } else { Ok(None) };
     // Field 1 comes first in practice, but protobuf does not promise it.
     while !message.is_empty() {
-        let Some(tag) = varint(&mut message) else { break };
-        let skipped = match tag & 7 {
+        let Some(tag) = varint(&mut message) else { return cut() };
+        let size = match tag & 7 {
             0 => varint(&mut message).map(|_| 0),
             1 => Some(8),
-            2 => match varint(&mut message) {
-                Some(size) if tag >> 3 == 1 => {
-                    let size = usize::try_from(size).map_err(|_| MALFORMED)?;
-                    match message.get(..size) {
-                        Some(name) => return std::str::from_utf8(name).map(Some).map_err(|_| MALFORMED),
-                        None => None,
-                    }
-                }
-                size => size,
-            },
+            2 => varint(&mut message),
             5 => Some(4),
             _ => return Err(MALFORMED),
         };
-        match skipped.and_then(|size| message.get(usize::try_from(size).ok()?..)) {
-            Some(rest) => message = rest,
-            None => break,
+        let Some((field, rest)) = size.and_then(|size| message.split_at_checked(usize::try_from(size).ok()?)) else {
+            return cut();
+        };
+        if tag == (1 << 3 | 2) {
+            return std::str::from_utf8(field).map(Some).map_err(|_| MALFORMED);
         }
+        message = rest;
     }
     // A message that has ended without the field has its default: no name, which no region declares.
-    if whole { if message.is_empty() { Ok(Some("")) } else { Err(MALFORMED) } } else { Ok(None) }
+    Ok(whole.then_some(""))
 }
 
 fn varint(bytes: &mut &[u8]) -> Option<u64> {

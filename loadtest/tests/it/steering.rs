@@ -87,7 +87,11 @@ async fn a_worker_that_names_another_region_gets_nothing() {
         .await;
     assert_eq!((walled.status.as_u16(), walled.header("retry-after")), (503, "1"));
     assert!(!world.workers["us-east"].log().contains("walled-1"));
-    assert!(world.gateway.as_ref().expect("started").log().contains("does not name its file's region"));
+    world
+        .until("the log says why", async |world| {
+            world.gateway.as_ref()?.log().contains("does not name its file's region").then_some(())
+        })
+        .await;
     // The right URL is taken over by reload, and then it is served.
     world.worker_ports.insert("eu-west", eu);
     world.start_worker("eu-west");
