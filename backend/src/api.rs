@@ -12,14 +12,16 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
 
 use axum::Router;
+use axum::error_handling::HandleErrorLayer;
 use axum::extract::{DefaultBodyLimit, Request, State as Shared};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use isochrone_telemetry::{SPANS, timestamp, trace};
 use opentelemetry::KeyValue;
 use serde::Serialize;
+use tower::ServiceBuilder;
 use tracing::{Instrument, Span, field, info_span};
 
 use self::error::{Dialect, Error};
@@ -38,18 +40,26 @@ const X_REQUEST_TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout
 const TEXTS_MAX: usize = 2048;
 
 pub(crate) fn router(state: Arc<State>) -> Router {
+    // Each request in flight holds its body: so many, and no more. Probes are never refused for want of a place.
+    let bound = ServiceBuilder::new()
+        .layer(HandleErrorLayer::new(overloaded))
+        .load_shed()
+        .concurrency_limit(state.in_flight_max);
+    let computing = Router::new()
+        .route("/v2/models/{model}/infer", post(oip::infer))
+        .route("/v2/models/{model}/versions/{version}/infer", post(oip::infer_of_version))
+        .route("/v1/embeddings", post(openai::embeddings))
+        .route_layer(bound);
     Router::new()
+        .merge(computing)
         .route("/v2", get(oip::server))
         .route("/v2/", get(oip::server))
         .route("/v2/health/live", get(oip::live))
         .route("/v2/health/ready", get(oip::ready))
         .route("/v2/models/{model}", get(oip::metadata))
         .route("/v2/models/{model}/ready", get(oip::model_ready))
-        .route("/v2/models/{model}/infer", post(oip::infer))
         .route("/v2/models/{model}/versions/{version}", get(oip::metadata_of_version))
         .route("/v2/models/{model}/versions/{version}/ready", get(oip::model_ready_of_version))
-        .route("/v2/models/{model}/versions/{version}/infer", post(oip::infer_of_version))
-        .route("/v1/embeddings", post(openai::embeddings))
         .route("/v1/models", get(openai::models))
         .route("/metrics", get(metrics))
         .fallback(nothing_here)
@@ -57,6 +67,11 @@ pub(crate) fn router(state: Arc<State>) -> Router {
         .layer(DefaultBodyLimit::max(state.max_body))
         .layer(axum::middleware::from_fn_with_state(Arc::clone(&state), around))
         .with_state(state)
+}
+
+async fn overloaded(uri: Uri, _: tower::BoxError) -> Error {
+    let message = "the worker is at its limit of requests in flight";
+    Error::new(StatusCode::SERVICE_UNAVAILABLE, Dialect::of(uri.path()), message)
 }
 
 async fn nothing_here(request: Request) -> Error {

@@ -24,6 +24,7 @@ pub(crate) struct State {
     pub(crate) log: Log,
     pub(crate) ready: AtomicBool,
     pub(crate) max_body: usize,
+    pub(crate) in_flight_max: usize,
 }
 
 /// A model that can compute.
@@ -116,7 +117,14 @@ async fn run(
     let listener = tokio::net::TcpListener::bind(settings.listen)
         .await
         .map_err(|error| one(format!("cannot listen on {}: {error}; `ss -ltnp` shows who does", settings.listen)))?;
-    let state = Arc::new(State { region, models, log, ready: AtomicBool::new(true), max_body: settings.max_body });
+    let state = Arc::new(State {
+        region,
+        models,
+        log,
+        ready: AtomicBool::new(true),
+        max_body: settings.max_body,
+        in_flight_max: settings.in_flight.max(1),
+    });
     tracing::info!(address = %settings.listen, region = settings.region, threads = settings.threads, "serving");
 
     let (mut terminate, mut interrupt) = match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {

@@ -69,6 +69,9 @@ struct Serve {
     /// Rows that are computed together, if so many wait.
     #[arg(long, value_name = "N", default_value_t = 32)]
     batch_rows: usize,
+    /// Requests in flight, whatever their model; more are refused at once.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    in_flight: usize,
     /// The largest request body, in bytes.
     #[arg(long, value_name = "BYTES", default_value_t = 64 << 20)]
     max_body: usize,

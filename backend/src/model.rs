@@ -134,8 +134,9 @@ fn subdirectories(directory: &Path) -> Result<Vec<String>, Problem> {
 }
 
 fn read(name: &str, version: &str, directory: PathBuf) -> Result<Found, Problem> {
-    if !version.bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err(problem(&directory, "a version is a number: 1, 2, …"));
+    // `01` and `1` would be one version with two contents.
+    if version.parse::<u64>().map(|number| number.to_string()).as_deref() != Ok(version) {
+        return Err(problem(&directory, "a version is a plain number: 1, 2, …"));
     }
     let file = directory.join("model.toml");
     let text = std::fs::read_to_string(&file).map_err(|error| problem(&file, error.to_string()))?;

@@ -57,6 +57,15 @@ impl Data {
         }
     }
 
+    /// Whether JSON can say every element: it has no NaN and no infinity.
+    pub(crate) fn is_finite(&self) -> bool {
+        match self {
+            Data::Fp32(data) => data.iter().all(|x| x.is_finite()),
+            Data::Fp64(data) => data.iter().all(|x| x.is_finite()),
+            _ => true,
+        }
+    }
+
     /// Reads JSON, flat or nested, as elements of a datatype. A number that the datatype cannot hold is an error.
     ///
     /// # Errors
@@ -78,7 +87,11 @@ impl Data {
             Datatype::Int16 => Data::Int16(read(json)?),
             Datatype::Int32 => Data::Int32(read(json)?),
             Datatype::Int64 => Data::Int64(read(json)?),
-            Datatype::Fp32 => Data::Fp32(read(json)?),
+            Datatype::Fp32 => match read::<f32>(json)? {
+                // JSON has no infinity, so one that comes out was a number too large.
+                data if data.iter().any(|x| x.is_infinite()) => return Err("a number is too large for FP32".into()),
+                data => Data::Fp32(data),
+            },
             Datatype::Fp64 => Data::Fp64(read(json)?),
             Datatype::Bytes => Data::Bytes(read(json)?),
         })
@@ -182,6 +195,8 @@ mod tests {
             (Datatype::Int32, "[1.5]"),
             (Datatype::Int64, "[9223372036854775808]"),
             (Datatype::Fp32, "[\"1\"]"),
+            (Datatype::Fp32, "[1e39]"),
+            (Datatype::Fp64, "[1e999]"),
             (Datatype::Fp32, "[NaN]"),
             (Datatype::Fp32, "[null]"),
             (Datatype::Fp32, "[1,]"),

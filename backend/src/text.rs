@@ -14,6 +14,11 @@ pub(crate) struct Tokenizer {
     max_tokens: usize,
 }
 
+#[derive(serde::Deserialize)]
+struct Config {
+    vocab_size: u32,
+}
+
 impl Tokenizer {
     /// Loads the tokenizer of a model; `None` for one that takes no text.
     ///
@@ -29,7 +34,15 @@ impl Tokenizer {
         let truncation = TruncationParams { max_length: max_tokens, ..TruncationParams::default() };
         inner.with_truncation(Some(truncation)).map_err(|error| format!("tokenizer.json: {error}"))?;
         inner.with_padding(None);
-        let vocabulary = u32::try_from(inner.get_vocab_size(true)).map_err(|error| error.to_string())?;
+        // The embedding table may be smaller than the tokenizer's vocabulary; an id beyond it would fail a whole batch.
+        let config =
+            std::fs::read(found.directory.join("config.json")).map_err(|error| format!("config.json: {error}"))?;
+        let config: Config = serde_json::from_slice(&config).map_err(|error| format!("config.json: {error}"))?;
+        let known = u32::try_from(inner.get_vocab_size(true)).map_err(|error| error.to_string())?;
+        if known > config.vocab_size {
+            return Err(format!("tokenizer.json knows {known} tokens, the model only {}", config.vocab_size));
+        }
+        let vocabulary = known.min(config.vocab_size);
         Ok(Some(Tokenizer { inner, vocabulary, max_tokens }))
     }
 

@@ -17,6 +17,9 @@ use crate::app::Shared;
 use crate::endpoint::Endpoint;
 use crate::metrics;
 
+/// Requests at once; more wait.
+const REQUESTS_MAX: usize = 32;
+
 /// Serves for ever; the future gives the reason for an end.
 ///
 /// # Errors
@@ -30,6 +33,8 @@ pub(crate) fn serve(socket: TcpListener, shared: Arc<Shared>) -> Result<impl Fut
         .route("/metrics", get(prometheus))
         .route("/api/config", get(config))
         .route("/api/regions", get(regions))
+        // A scraper gone wild costs the data path nothing.
+        .layer(tower::limit::ConcurrencyLimitLayer::new(REQUESTS_MAX))
         .with_state(shared);
     Ok(
         async move { axum::serve(listener, router).await.map_or_else(|error| error.to_string(), |()| "it stopped".into()) },

@@ -137,25 +137,20 @@ async fn control(
     let stop = CancellationToken::new();
     // Everything that must live as long as the process tells here how it ended; the first to end ends the process.
     let (ended, mut endings) = mpsc::channel::<String>(16);
-    let probes = probe::Probes::start(Arc::clone(&shared));
-    let tell = |task: &'static str, ended: mpsc::Sender<String>| {
-        move |why: String| {
-            // A full channel means that somebody else's end is already being told.
-            let _ = ended.try_send(format!("{task} ended: {why}"));
-        }
-    };
-    let on_end = tell("the admin listener", ended.clone());
-    let serving = admin::serve(admin, Arc::clone(&shared))?;
-    tokio::spawn(async move { on_end(serving.await) });
-    let on_end = tell("the watch on the configuration", ended.clone());
-    let watching = reload::watch(directory, Arc::clone(&shared), opened, probes);
-    tokio::spawn(async move { on_end(watching.await) });
+    let probes = probe::Probes::start(Arc::clone(&shared), ended.clone());
+    watched("the admin listener", &ended, admin::serve(admin, Arc::clone(&shared))?);
+    watched("the watch on the configuration", &ended, reload::watch(directory, Arc::clone(&shared), opened, probes));
 
     let mut threads = Vec::new();
     for (index, listeners) in sockets.into_iter().enumerate() {
         let core = Arc::new(Core::new(Arc::clone(&shared), index));
-        let (stop, on_end) = (stop.clone(), tell("a serving thread", ended.clone()));
-        let run = move || on_end(listener::run(core, listeners, stop));
+        let (stop, ended) = (stop.clone(), ended.clone());
+        let run = move || {
+            let run = std::panic::AssertUnwindSafe(|| listener::run(core, listeners, stop));
+            let why = std::panic::catch_unwind(run).unwrap_or_else(|_| "it panicked".into());
+            // A full channel means that somebody else's end is already being told.
+            let _ = ended.try_send(format!("a serving thread ended: {why}"));
+        };
         let thread = std::thread::Builder::new().name(format!("core-{index}")).spawn(run);
         threads.push(thread.map_err(|error| format!("no thread: {error}"))?);
     }
@@ -184,6 +179,19 @@ async fn control(
     tracing::info!(drained, "stopped");
     tokio::task::spawn_blocking(move || drop(telemetry)).await.map_err(|error| error.to_string())?;
     outcome
+}
+
+/// Runs a task that must live as long as the process, and tells if it does not, be it by a panic.
+pub(crate) fn watched(
+    task: &'static str,
+    ended: &mpsc::Sender<String>,
+    future: impl Future<Output = String> + Send + 'static,
+) {
+    let (running, ended) = (tokio::spawn(future), ended.clone());
+    tokio::spawn(async move {
+        let why = running.await.unwrap_or_else(|error| error.to_string());
+        let _ = ended.try_send(format!("{task} ended: {why}"));
+    });
 }
 
 /// Every listener's sockets, by core: each thread accepts from its own, so that the kernel spreads connections and none

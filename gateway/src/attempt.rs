@@ -19,16 +19,21 @@ pub(crate) use self::head::{Forwarded, deadline};
 use crate::app::Core;
 use crate::body::Received;
 use crate::call::{self, Call, Dialect};
+use crate::config::ATTEMPTS_MAX;
 use crate::endpoint::{Endpoint, InFlight};
 use crate::error::Error;
-use crate::event::Record;
+use crate::event::{Decision, Record};
 use crate::pick::pick;
 use crate::policy::{self, Ask};
+use crate::probe::REGION;
 use crate::snapshot::Snapshot;
 use crate::upstream::{self, Lease, Outgoing, SendError};
 
 /// The most connections that one request may break before it is taken to be the cause.
 const DEATHS_MAX: usize = 2;
+
+/// Turns of the loop: the most attempts, and as many trials lost to other requests.
+const TURNS_MAX: usize = 2 * ATTEMPTS_MAX;
 
 /// A request as the loop needs it.
 #[derive(Debug)]
@@ -40,6 +45,8 @@ pub(crate) struct Attempted<'a> {
     pub(crate) head: &'a Parts,
     pub(crate) body: Received,
     pub(crate) deadline: Instant,
+    /// The deadline is the gateway's own, not one that the client chose.
+    pub(crate) own_deadline: bool,
     pub(crate) forwarded: Forwarded,
 }
 
@@ -59,16 +66,18 @@ pub(crate) struct Answer {
 pub(crate) async fn run(core: &Core, mut request: Attempted<'_>, record: &mut Record) -> Result<Answer, Error> {
     let snapshot = request.snapshot;
     let rules = &snapshot.config.attempts;
-    let replayable = request.call.replayable && request.body.is_whole() && !call::is_sequence(request.body.chunks());
+    let replayable = request.call.replayable
+        && request.body.is_whole()
+        && !call::may_be_sequence(request.head, request.body.chunks());
     let mut tried: SmallVec<[usize; 8]> = SmallVec::new();
     let mut suspect = RegionSet::EMPTY;
     let mut deaths = 0;
     // An answer that was not good enough, in case that no better one comes.
-    let mut held: Option<Answer> = None;
+    let mut held: Option<(Answer, Decision)> = None;
     let mut failure = Error::Unavailable;
 
-    // Bounded: each turn takes an endpoint that was not tried before.
-    loop {
+    // Each turn tries an endpoint that was not tried before, or loses one's trial to another request.
+    for _ in 0..TURNS_MAX {
         let now = core.now();
         if !tried.is_empty() {
             request.permitted = hold_to_newest(core, &request);
@@ -78,36 +87,41 @@ pub(crate) async fn run(core: &Core, mut request: Attempted<'_>, record: &mut Re
         let Some(choice) = picked else { break };
         debug_assert!(request.permitted.contains(choice.region), "an attempt outside the permitted set");
         let endpoint = &snapshot.endpoints[choice.endpoint];
-        tried.push(choice.endpoint);
         if !endpoint.admit(now, &snapshot.config, choice.panic) {
             continue;
         }
-        if record.attempts > 0 && !endpoint.budget.withdraw(now, rules.budget_share, rules.budget_floor) {
+        tried.push(choice.endpoint);
+        // A trial whose request ends without a verdict, because its client left, is free for the next.
+        let trial = Trial { endpoint, core };
+        if record.attempts == 0 {
+            endpoint.budget.deposit(now);
+        } else if !endpoint.budget.withdraw(now, rules.budget_share, rules.budget_floor) {
             record.budget_spent();
             break;
         }
-        endpoint.budget.deposit(now);
 
         let span = record.attempt_begins(snapshot, &choice, endpoint);
         let result = attempt(core, &mut request, endpoint, &choice, &span).instrument(span.clone()).await;
-        let outcome = outcome(&result);
-        record.attempt_ended(core, &span, endpoint, outcome, result.as_ref().err());
+        let outcome = outcome(&result, &request);
+        record.attempt_ended(&span, endpoint, outcome, result.as_ref().err());
         let verdict = outcome.verdict();
-        if let Some(ejection) = endpoint.judge(verdict.endpoint, core.now(), &snapshot.config) {
+        let ejected = endpoint.judge(verdict.endpoint, core.now(), &snapshot.config);
+        drop(trial);
+        if let Some(ejection) = ejected {
             tracing::warn!(region = %endpoint.config.region, endpoint = endpoint.name(), outcome = outcome.as_str(),
                 seconds = ejection.as_secs_f32(), "endpoint ejected");
         }
 
         let again = match verdict.retry {
             Retry::No => false,
-            Retry::Any => true,
+            Retry::Any => request.body.is_at_hand(),
             Retry::Replayable => replayable,
         };
         match result {
             Ok(answer) if verdict.retry == Retry::No => return Ok(answer),
             // Another may do better; if none does, the client gets this one.
-            Ok(answer) => held = Some(answer),
-            Err(Failure::Send(SendError::Connect { .. })) => {}
+            Ok(answer) => held = Some((answer, record.decision.clone())),
+            Err(Failure::Send(SendError::Connect { .. } | SendError::Refused(_))) => {}
             Err(Failure::Send(SendError::Reset(_))) => {
                 deaths += 1;
                 failure = if deaths < DEATHS_MAX { Error::Broken } else { Error::Poisonous };
@@ -124,7 +138,21 @@ pub(crate) async fn run(core: &Core, mut request: Attempted<'_>, record: &mut Re
             suspect.insert(choice.region);
         }
     }
-    held.ok_or(failure)
+    let (answer, decision) = held.ok_or(failure)?;
+    record.decision = decision;
+    Ok(answer)
+}
+
+/// Frees an endpoint's trial when its attempt is over, however that comes. A verdict has ended the trial before.
+struct Trial<'a> {
+    endpoint: &'a Endpoint,
+    core: &'a Core,
+}
+
+impl Drop for Trial<'_> {
+    fn drop(&mut self) {
+        self.endpoint.release_trial(self.core.now());
+    }
 }
 
 /// Why an attempt gave no answer.
@@ -158,17 +186,25 @@ async fn attempt(
             Err(Failure::Send(SendError::Connect { why, unsent: None }))
         }
         Ok(Err(error)) => Err(Failure::Send(error)),
-        Ok(Ok((response, lease))) => Ok(Answer { response, lease, in_flight, region: choice.region }),
+        Ok(Ok((response, lease))) => {
+            if response.headers().get(REGION).is_some_and(|named| named.as_bytes() != endpoint.config.region.as_bytes())
+            {
+                endpoint.doubt();
+            }
+            Ok(Answer { response, lease, in_flight, region: choice.region })
+        }
     }
 }
 
-fn outcome(result: &Result<Answer, Failure>) -> Outcome {
+fn outcome(result: &Result<Answer, Failure>, request: &Attempted<'_>) -> Outcome {
     match result {
         Ok(answer) => Outcome::Status(answer.response.status().as_u16()),
         Err(Failure::Send(SendError::Connect { .. })) => Outcome::ConnectFailed,
         Err(Failure::Send(SendError::Reset(_))) => Outcome::Reset,
+        Err(Failure::Send(SendError::Refused(_))) => Outcome::Refused,
         Err(Failure::Send(SendError::ClientBody)) => Outcome::ClientBody,
-        Err(Failure::Deadline) => Outcome::TimedOut,
+        Err(Failure::Deadline) if request.own_deadline && request.body.is_whole() => Outcome::TimedOut,
+        Err(Failure::Deadline) => Outcome::ClientTimedOut,
     }
 }
 

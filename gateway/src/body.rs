@@ -9,6 +9,7 @@ use bytes::Bytes;
 use http::HeaderMap;
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
+use tokio::time::Sleep;
 
 use crate::call::{self, BodyMode, Call, ModelIn};
 use crate::error::Error;
@@ -40,6 +41,8 @@ pub(crate) struct Received {
     chunks: Chunks,
     /// What has not been read. Without it the body is whole and can be sent any number of times.
     rest: Option<Incoming>,
+    /// The rest has been given to an attempt and cannot be had again.
+    gone: bool,
     trailers: Option<HeaderMap>,
 }
 
@@ -54,7 +57,12 @@ pub(crate) struct ReceiveLimits {
 impl Received {
     /// Whether it can be sent once more after it has been sent.
     pub(crate) fn is_whole(&self) -> bool {
-        self.rest.is_none()
+        self.rest.is_none() && !self.gone
+    }
+
+    /// Whether it can be sent now: it is whole, or its rest has not been touched.
+    pub(crate) fn is_at_hand(&self) -> bool {
+        !self.gone
     }
 
     /// The frames at hand.
@@ -65,13 +73,16 @@ impl Received {
     /// The body for one attempt. What streams can be taken once: the caller asks [`is_whole`](Self::is_whole) before it
     /// sends a body again, or has it [put back](Self::put_back).
     pub(crate) fn for_attempt(&mut self) -> RequestBody {
-        RequestBody { chunks: self.chunks.clone(), next: 0, rest: self.rest.take(), trailers: self.trailers.clone() }
+        let rest = self.rest.take();
+        self.gone |= rest.is_some();
+        RequestBody { chunks: self.chunks.clone(), next: 0, rest, trailers: self.trailers.clone() }
     }
 
     /// Takes back a body of which nothing was sent.
     pub(crate) fn put_back(&mut self, unsent: Option<Box<RequestBody>>) {
         if let Some(unsent) = unsent {
             debug_assert_eq!(unsent.next, 0, "a body of which something was sent");
+            self.gone &= unsent.rest.is_none();
             self.rest = unsent.rest;
         }
     }
@@ -87,7 +98,7 @@ pub(crate) async fn receive(
     limits: ReceiveLimits,
 ) -> Result<(Received, Option<Box<str>>), Error> {
     if body.is_end_stream() {
-        let received = Received { chunks: Chunks::One(None), rest: None, trailers: None };
+        let received = Received { chunks: Chunks::One(None), rest: None, gone: false, trailers: None };
         return model(&received, call).map(|model| (received, model));
     }
     let declared = body.size_hint().lower();
@@ -123,7 +134,7 @@ async fn collect(mut body: Incoming, call: &Call, most: usize) -> Result<Receive
         match body.frame().await {
             None => {
                 let chunks = finished(one, chunks);
-                return Ok(Received { chunks, rest: None, trailers });
+                return Ok(Received { chunks, rest: None, gone: false, trailers });
             }
             Some(Err(_)) => return Err(Error::BrokenBody),
             Some(Ok(frame)) => match frame.into_data() {
@@ -138,14 +149,14 @@ async fn collect(mut body: Incoming, call: &Call, most: usize) -> Result<Receive
                     }
                     // Knowing the end without asking for one more frame saves a turn of the loop.
                     if body.is_end_stream() {
-                        return Ok(Received { chunks: finished(one, chunks), rest: None, trailers });
+                        return Ok(Received { chunks: finished(one, chunks), rest: None, gone: false, trailers });
                     }
                 }
                 Err(frame) => trailers = frame.into_trailers().ok(),
             },
         }
     }
-    Ok(Received { chunks: finished(one, chunks), rest: Some(body), trailers })
+    Ok(Received { chunks: finished(one, chunks), rest: Some(body), gone: false, trailers })
 }
 
 fn finished(one: Option<Bytes>, chunks: Vec<Bytes>) -> Chunks {
@@ -241,7 +252,21 @@ pub(crate) struct ResponseBody {
 #[derive(Debug)]
 enum Source {
     Own(Option<Bytes>),
-    Endpoint(Incoming),
+    Endpoint {
+        body: Incoming,
+        /// Set while a frame is waited for. Most answers come in one piece and never have it.
+        silence: Option<Pin<Box<Sleep>>>,
+        silence_max: Duration,
+    },
+}
+
+/// Why an answer breaks off.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AnswerError {
+    #[error("the endpoint broke off: {0}")]
+    Broken(#[from] hyper::Error),
+    #[error("the endpoint fell silent")]
+    Silent,
 }
 
 impl ResponseBody {
@@ -253,27 +278,37 @@ impl ResponseBody {
         ResponseBody { source: Source::Own(Some(bytes)), finish: Some(finish) }
     }
 
-    pub(crate) fn endpoint(body: Incoming, mut finish: Box<Finish>) -> ResponseBody {
+    /// `silence_max` is the longest wait between two frames.
+    pub(crate) fn endpoint(body: Incoming, mut finish: Box<Finish>, silence_max: Duration) -> ResponseBody {
         if body.is_end_stream() {
             finish.complete();
         }
-        ResponseBody { source: Source::Endpoint(body), finish: Some(finish) }
+        ResponseBody { source: Source::Endpoint { body, silence: None, silence_max }, finish: Some(finish) }
     }
 }
 
 impl Body for ResponseBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = AnswerError;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, AnswerError>>> {
         let polled = match &mut self.source {
             Source::Own(bytes) => {
                 Poll::Ready(bytes.take().filter(|bytes| !bytes.is_empty()).map(|bytes| Ok(Frame::data(bytes))))
             }
-            Source::Endpoint(body) => Pin::new(body).poll_frame(context),
+            Source::Endpoint { body, silence, silence_max } => match Pin::new(body).poll_frame(context) {
+                Poll::Ready(frame) => {
+                    *silence = None;
+                    Poll::Ready(frame.map(|frame| frame.map_err(AnswerError::Broken)))
+                }
+                Poll::Pending => {
+                    let silence = silence.get_or_insert_with(|| Box::pin(tokio::time::sleep(*silence_max)));
+                    silence.as_mut().poll(context).map(|()| Some(Err(AnswerError::Silent)))
+                }
+            },
         };
         let ended = match &polled {
             Poll::Pending => false,
@@ -301,14 +336,14 @@ impl Body for ResponseBody {
     fn is_end_stream(&self) -> bool {
         match &self.source {
             Source::Own(bytes) => bytes.as_ref().is_none_or(Bytes::is_empty),
-            Source::Endpoint(body) => body.is_end_stream(),
+            Source::Endpoint { body, .. } => body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.source {
             Source::Own(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
-            Source::Endpoint(body) => body.size_hint(),
+            Source::Endpoint { body, .. } => body.size_hint(),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use bytes::Bytes;
 use http::Method;
-use http::header::CONTENT_TYPE;
+use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use http::request::Parts;
 
 use crate::error::Error;
@@ -50,7 +50,7 @@ pub(crate) struct Call {
     pub(crate) dialect: Dialect,
     pub(crate) model: ModelIn,
     pub(crate) body: BodyMode,
-    /// Doing it twice does no harm. A body can still say otherwise: see [`is_sequence`].
+    /// Doing it twice does no harm. A body can still say otherwise: see [`may_be_sequence`].
     pub(crate) replayable: bool,
     /// Answered by the gateway: the list of models.
     pub(crate) list_models: bool,
@@ -87,9 +87,7 @@ fn openai(head: &Parts) -> Result<Call, Error> {
         "/v1/models" => (Method::GET, true),
         _ => return Err(Error::NoRoute),
     };
-    if head.method != method {
-        return Err(Error::MethodNotAllowed);
-    }
+    allow(head, &method)?;
     let list_models = method == Method::GET;
     Ok(Call {
         dialect: Dialect::OpenAi,
@@ -128,10 +126,16 @@ fn oip(head: &Parts) -> Result<Call, Error> {
         [Some("repository"), ..] => return Err(Error::CallForbidden),
         _ => return Err(Error::NoRoute),
     };
-    if head.method != method {
-        return Err(Error::MethodNotAllowed);
-    }
+    allow(head, &method)?;
     Ok(Call { dialect: Dialect::Oip, model, body, replayable: true, list_models: false })
+}
+
+/// Each path takes one method. HEAD is for whoever takes GET (RFC 9110, section 9.3.2), but workers do not.
+fn allow(head: &Parts, method: &Method) -> Result<(), Error> {
+    if head.method == *method {
+        return Ok(());
+    }
+    Err(Error::MethodNotAllowed(if *method == Method::GET { "GET" } else { "POST" }))
 }
 
 fn named(segment: &str) -> Result<ModelIn, Error> {
@@ -162,9 +166,7 @@ fn percent_decoded(segment: &str) -> Option<Cow<'_, str>> {
 
 /// The protocol's gRPC service (`inference.GRPCInferenceService`) and gRPC's own health service.
 fn grpc(head: &Parts) -> Result<Call, Error> {
-    if head.method != Method::POST {
-        return Err(Error::MethodNotAllowed);
-    }
+    allow(head, &Method::POST)?;
     let call =
         |model, body, replayable| Ok(Call { dialect: Dialect::Grpc, model, body, replayable, list_models: false });
     let Some(method) = head.uri.path().strip_prefix("/inference.GRPCInferenceService/") else {
@@ -207,9 +209,10 @@ pub(crate) fn model_in_json(body: &[u8]) -> Result<Cow<'_, str>, Error> {
 /// `Ok(None)`: more bytes are needed.
 ///
 /// # Errors
-/// A message that is compressed or malformed.
+/// A message that is compressed, malformed, or gives the field twice: a worker would take the last, and a check of the
+/// first would have checked another model.
 pub(crate) fn model_in_message(body: &[u8]) -> Result<Option<&str>, Error> {
-    const MALFORMED: Error = Error::Malformed("the message is no protobuf that names a model");
+    const MALFORMED: Error = Error::Malformed("the message is no protobuf that names one model");
     let Some((&[compressed, length @ ..], rest)) = body.split_first_chunk::<5>() else { return Ok(None) };
     if compressed != 0 {
         return Err(Error::Malformed("the first message is compressed; its model cannot be read"));
@@ -217,28 +220,43 @@ pub(crate) fn model_in_message(body: &[u8]) -> Result<Option<&str>, Error> {
     let length = u32::from_be_bytes(length) as usize;
     let whole = rest.len() >= length;
     let mut message = &rest[..rest.len().min(length)];
-    // A field that does not end within a whole message never will; in a part of one it may.
-    let cut = || if whole { Err(MALFORMED) } else { Ok(None) };
+    let mut found = None;
     // Field 1 comes first in practice, but protobuf does not promise it.
     while !message.is_empty() {
-        let Some(tag) = varint(&mut message) else { return cut() };
-        let size = match tag & 7 {
-            0 => varint(&mut message).map(|_| 0),
-            1 => Some(8),
-            2 => varint(&mut message),
-            5 => Some(4),
-            _ => return Err(MALFORMED),
-        };
-        let Some((field, rest)) = size.and_then(|size| message.split_at_checked(usize::try_from(size).ok()?)) else {
-            return cut();
-        };
-        if tag == (1 << 3 | 2) {
-            return std::str::from_utf8(field).map(Some).map_err(|_| MALFORMED);
+        let field = field(&mut message).map_err(|()| MALFORMED)?;
+        match field {
+            // A field that does not end within a whole message never will; in a part of one it may.
+            None if whole => return Err(MALFORMED),
+            None => return Ok(found),
+            Some((1, name)) => {
+                let name = std::str::from_utf8(name).map_err(|_| MALFORMED)?;
+                if found.replace(name).is_some() {
+                    return Err(MALFORMED);
+                }
+            }
+            Some(_) => {}
         }
-        message = rest;
     }
     // A message that has ended without the field has its default: no name, which no region declares.
-    Ok(whole.then_some(""))
+    Ok(found.or(whole.then_some("")))
+}
+
+/// Takes one field off the front: its number, and its bytes if it has a length. `None`: it is cut off.
+fn field<'m>(message: &mut &'m [u8]) -> Result<Option<(u64, &'m [u8])>, ()> {
+    let Some(tag) = varint(message) else { return Ok(None) };
+    let size = match tag & 7 {
+        0 => varint(message).map(|_| 0),
+        1 => Some(8),
+        2 => varint(message),
+        5 => Some(4),
+        _ => return Err(()),
+    };
+    let split = size.and_then(|size| message.split_at_checked(usize::try_from(size).ok()?));
+    Ok(split.map(|(bytes, rest)| {
+        *message = rest;
+        // Only a field with a length can be the name.
+        (if tag & 7 == 2 { tag >> 3 } else { 0 }, bytes)
+    }))
 }
 
 fn varint(bytes: &mut &[u8]) -> Option<u64> {
@@ -254,19 +272,23 @@ fn varint(bytes: &mut &[u8]) -> Option<u64> {
     None
 }
 
-/// Whether the body asks for a stateful sequence (`sequence_id` among its parameters), which must not be sent twice.
+/// Whether the body may ask for a stateful sequence (`sequence_id` among its parameters), which must not be sent twice.
 ///
-/// A plain search for the name: it can only err towards not sending twice. The name stands as it is in JSON and in
-/// protobuf alike.
-pub(crate) fn is_sequence(chunks: &[Bytes]) -> bool {
-    const NAME: &[u8] = b"sequence_id";
-    chunks.iter().any(|chunk| memchr::memmem::find(chunk, NAME).is_some())
-        // The name may lie across two frames.
-        || chunks.windows(2).any(|pair| {
-            let tail = &pair[0][pair[0].len().saturating_sub(NAME.len() - 1)..];
-            let head = &pair[1][..pair[1].len().min(NAME.len() - 1)];
-            memchr::memmem::find(&[tail, head].concat(), NAME).is_some()
-        })
+/// A search for the name, which stands as it is in JSON and in protobuf alike. Where it could stand in another form (JSON's
+/// `\u` escapes, a compressed body) the answer is that it may: the body is then sent once.
+pub(crate) fn may_be_sequence(head: &Parts, chunks: &[Bytes]) -> bool {
+    let joined;
+    let body: &[u8] = match chunks {
+        [] => return false,
+        [one] => one,
+        many => {
+            joined = many.concat();
+            &joined
+        }
+    };
+    let has = |name: &[u8]| memchr::memmem::find(body, name).is_some();
+    let hidden = || head.headers.contains_key(CONTENT_ENCODING) || (has(b"\\u") && has(b"\"parameters\""));
+    has(b"sequence_id") || hidden()
 }
 
 #[cfg(test)]
@@ -315,13 +337,13 @@ mod tests {
             ("GET", "/v2x", Error::NoRoute),
             ("GET", "/v2/models", Error::NoRoute),
             ("GET", "/v2/models/", Error::NoRoute),
-            ("GET", "/v2/models/m/infer", Error::MethodNotAllowed),
+            ("GET", "/v2/models/m/infer", Error::MethodNotAllowed("POST")),
             ("POST", "/v2/models/m/infer/more", Error::NoRoute),
             ("POST", "/v2/models/m/versions/1/infer/more", Error::NoRoute),
             ("POST", "/v2/models/%ff/infer", Error::Malformed("the model's name is not UTF-8")),
             ("POST", "/v2/repository/models/m/load", Error::CallForbidden),
             ("POST", "/v2/repository/models/m/unload", Error::CallForbidden),
-            ("GET", "/v1/embeddings", Error::MethodNotAllowed),
+            ("GET", "/v1/embeddings", Error::MethodNotAllowed("POST")),
             ("POST", "/v1/files", Error::NoRoute),
         ];
         for (method, path, expected) in rows {
@@ -367,6 +389,7 @@ mod tests {
         for at in 0..later.len() - 1 {
             assert_eq!(model_in_message(&later[..at]), Ok(None), "{at} bytes");
         }
+        assert!(model_in_message(&message(0, b"\x0a\x01m\x0a\x01n")).is_err(), "two names: the last would count");
         assert_eq!(model_in_message(&message(0, b"")), Ok(Some("")));
         assert!(model_in_message(&message(1, b"\x0a\x01m")).is_err());
         assert!(model_in_message(&message(0, b"\x0a\x05m")).is_err(), "a length beyond the message");
@@ -377,12 +400,22 @@ mod tests {
     }
 
     #[test]
-    fn a_sequence_is_seen_even_across_frames() {
-        let chunks = |parts: &[&'static str]| parts.iter().map(|part| Bytes::from_static(part.as_bytes())).collect();
-        let see = |parts: &[&'static str]| is_sequence(&Vec::<Bytes>::from_iter::<Vec<Bytes>>(chunks(parts)));
-        assert!(see(&[r#"{"parameters":{"sequence_id":7}}"#]));
-        assert!(see(&[r#"{"parameters":{"sequ"#, r#"ence_id":7}}"#]));
-        assert!(!see(&[r#"{"parameters":{"sequ"#, r#"ential":7}}"#]));
-        assert!(!see(&[]));
+    fn a_sequence_is_seen_in_any_frames_and_suspected_where_it_could_hide() {
+        let see = |encoding: Option<&str>, parts: &[&'static str]| {
+            let mut request = Request::builder();
+            if let Some(encoding) = encoding {
+                request = request.header(CONTENT_ENCODING, encoding);
+            }
+            let head = request.body(()).expect("valid").into_parts().0;
+            let chunks: Vec<Bytes> = parts.iter().map(|part| Bytes::from_static(part.as_bytes())).collect();
+            may_be_sequence(&head, &chunks)
+        };
+        assert!(see(None, &[r#"{"parameters":{"sequence_id":7}}"#]));
+        assert!(see(None, &[r#"{"parameters":{"sequ"#, "ence", r#"_id":7}}"#]));
+        assert!(see(None, &[r#"{"parameters":{"sequence\u005fid":7}}"#]));
+        assert!(see(Some("gzip"), &["x"]));
+        assert!(!see(None, &[r#"{"parameters":{"sequ"#, r#"ential":7}}"#]));
+        assert!(!see(None, &[r#"{"inputs":["\u00fc"]}"#]));
+        assert!(!see(None, &[]));
     }
 }

@@ -104,10 +104,12 @@ pub struct Trust {
 }
 
 impl Config {
-    /// The directories in which a change of a file can change what this configuration means.
+    /// The directories in which a change of a file can change what this configuration means. The parent is among them,
+    /// so that the replacement of the whole directory is seen.
     pub fn watched(&self, directory: &std::path::Path) -> BTreeSet<PathBuf> {
-        let parents = self.files.iter().filter_map(|file| file.parent());
-        parents.map(std::path::Path::to_owned).chain([directory.to_owned(), directory.join("regions")]).collect()
+        let parents = self.files.iter().map(PathBuf::as_path).chain([directory]).filter_map(|file| file.parent());
+        let parents = parents.filter(|parent| !parent.as_os_str().is_empty()).map(std::path::Path::to_owned);
+        parents.chain([directory.to_owned(), directory.join("regions")]).collect()
     }
 }
 
@@ -171,6 +173,8 @@ pub struct Limits {
     pub header_timeout: Duration,
     /// The longest wait for a body that is read whole.
     pub body_timeout: Duration,
+    /// The longest wait between two pieces of an answer.
+    pub answer_silence: Duration,
     /// The largest head.
     pub header_bytes: usize,
     /// The largest OpenAI body.
@@ -275,10 +279,12 @@ pub struct Tenant {
     pub models: BTreeSet<Box<str>>,
 }
 
-/// Databases that have been read before, so that a change of a region file does not read them again.
+/// What outlives a reading: databases, so that a change of a region file does not read them again, and ticket keys.
 #[derive(Debug, Default)]
 pub struct Opened {
     databases: HashMap<PathBuf, (Stamp, Arc<Database>)>,
+    /// One for the process: clients resume their sessions across a change of the configuration.
+    ticketer: Option<Arc<dyn rustls::server::ProducesTickets>>,
 }
 
 /// What changes when a file does.

@@ -30,8 +30,8 @@ pub(crate) struct Endpoint {
     grpc: Box<[Pool]>,
     probed: Mutex<Probed>,
     healthy: AtomicBool,
-    /// Its probe has named its region. It never becomes untrue of an endpoint that only fails: it is taken back when a
-    /// probe names another.
+    /// Its probe has named its region, and nothing since has cast a doubt on who is there: an answer that names another,
+    /// nobody at the address, or a silence that made it unhealthy. Whoever comes back has to name the region anew.
     asserted: AtomicBool,
     probed_once: AtomicBool,
     outlier: Mutex<Outlier>,
@@ -49,15 +49,19 @@ struct Probed {
     health: Health,
     round_trip: Ewma,
     held: Held,
+    /// The region that it named last, if that was a wrong one: told once.
+    wrong: Option<Option<String>>,
 }
 
 /// How one probe ended.
 #[derive(Debug)]
 pub(crate) enum ProbeResult {
-    /// It answered ready; `region` as far as it named one.
-    Ready { region: Option<String>, round_trip_ms: f32 },
-    /// It did not, and why.
-    Failed(String),
+    /// It answered; `region` as far as it named one.
+    Answered { region: Option<String>, ready: Result<(), String>, round_trip_ms: f32 },
+    /// Nobody is there.
+    Gone(String),
+    /// It did not answer in time, or not whole.
+    Silent(String),
 }
 
 /// What a probe changed, for the log.
@@ -131,7 +135,10 @@ impl Endpoint {
     /// Takes in how a request went. Returns the length of an ejection that this led to.
     pub(crate) fn judge(&self, mark: Mark, now: Time, config: &Config) -> Option<std::time::Duration> {
         match mark {
-            Mark::None => None,
+            Mark::None => {
+                self.release_trial(now);
+                None
+            }
             Mark::Success => {
                 // The usual case costs one load.
                 if self.marked.load(Relaxed) {
@@ -150,6 +157,15 @@ impl Endpoint {
         }
     }
 
+    /// A request ended without a verdict. If it was the trial, the next one may be.
+    pub(crate) fn release_trial(&self, now: Time) {
+        if self.marked.load(Relaxed) {
+            let mut outlier = self.outlier.lock();
+            outlier.release_trial(now);
+            self.publish(&outlier);
+        }
+    }
+
     fn publish(&self, outlier: &Outlier) {
         let until = match outlier.state() {
             State::Admitting => 0,
@@ -162,30 +178,55 @@ impl Endpoint {
     /// Takes in one probe.
     pub(crate) fn probed(&self, result: ProbeResult, now: Time, config: &Config) -> Option<Change> {
         let mut probed = self.probed.lock();
-        let (result, wrong) = match result {
-            ProbeResult::Ready { region, round_trip_ms } => {
+        let first = !self.probed_once.load(Relaxed);
+        let mut told = None;
+        let silent = matches!(result, ProbeResult::Silent(_));
+        let ready = match result {
+            ProbeResult::Answered { region, ready, round_trip_ms } => {
                 let right = !self.config.assert_region || region.as_deref() == Some(&*self.config.region);
+                self.asserted.store(right, Relaxed);
                 if right {
+                    probed.wrong = None;
                     probed.round_trip.observe(round_trip_ms, now, config.probes.decay);
                     let mean = probed.round_trip.value().unwrap_or(round_trip_ms);
                     if probed.held.follow(mean) {
                         self.round_trip_us.store((mean * 1000.0) as u32 + 1, Relaxed);
                     }
+                    ready
+                } else {
+                    let named = Some(region.clone());
+                    if std::mem::replace(&mut probed.wrong, named.clone()) != named {
+                        told = Some(Change::WrongRegion(region));
+                    }
+                    Err("it is not in its file's region".to_owned())
                 }
-                let was_asserted = self.asserted.swap(right, Relaxed);
-                let first = !self.probed_once.load(Relaxed);
-                let wrong = (!right && (was_asserted || first)).then_some(Change::WrongRegion(region));
-                (if right { Ok(()) } else { Err("it is not in its file's region".to_owned()) }, wrong)
             }
-            ProbeResult::Failed(why) => (Err(why), None),
+            ProbeResult::Gone(why) => {
+                self.asserted.store(!self.config.assert_region, Relaxed);
+                Err(why)
+            }
+            ProbeResult::Silent(why) => Err(why),
         };
-        let changed = probed.health.observe(result.is_ok(), config.probes.thresholds);
+        let changed = probed.health.observe(ready.is_ok(), config.probes.thresholds);
+        if silent && changed == Some(false) {
+            self.asserted.store(!self.config.assert_region, Relaxed);
+        }
         self.healthy.store(probed.health.is_healthy(), Relaxed);
         self.probed_once.store(true, Relaxed);
-        wrong.or(match (changed?, result) {
-            (true, _) => Some(Change::Healthy),
-            (false, result) => Some(Change::Unhealthy(result.err().unwrap_or_default())),
+        told.or(match (changed, ready) {
+            (Some(true), _) => Some(Change::Healthy),
+            // One that is down from the start never was healthy, but is to be told of.
+            (Some(false), Err(why)) => Some(Change::Unhealthy(why)),
+            (None, Err(why)) if first => Some(Change::Unhealthy(why)),
+            _ => None,
         })
+    }
+
+    /// An answer to a request named another region: somebody else is at the address.
+    pub(crate) fn doubt(&self) {
+        if self.config.assert_region {
+            self.asserted.store(false, Relaxed);
+        }
     }
 
     /// Whether a probe has ended, either way.

@@ -14,6 +14,8 @@ pub(crate) enum Error {
     SlowBody,
     #[error("the body ended before its end")]
     BrokenBody,
+    #[error("the head is larger than it may be")]
+    OversizeHead,
     #[error("the body is larger than this call may be")]
     OversizeBody,
     #[error("no credentials: send an API key as `Authorization: Bearer KEY` or `x-api-key: KEY`")]
@@ -26,8 +28,8 @@ pub(crate) enum Error {
     CallForbidden,
     #[error("there is nothing at this path")]
     NoRoute,
-    #[error("this path does not take this method")]
-    MethodNotAllowed,
+    #[error("this path takes {0}")]
+    MethodNotAllowed(&'static str),
     #[error("no region serves this model")]
     UnknownModel,
     #[error("this gateway stands where this tenant's data may not be; use one inside its zones")]
@@ -54,11 +56,12 @@ impl Error {
         match self {
             Error::Malformed(_) | Error::BrokenBody => StatusCode::BAD_REQUEST,
             Error::SlowBody => StatusCode::REQUEST_TIMEOUT,
+            Error::OversizeHead => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Error::OversizeBody => StatusCode::PAYLOAD_TOO_LARGE,
             Error::NoKey | Error::UnknownKey => StatusCode::UNAUTHORIZED,
             Error::ModelForbidden | Error::CallForbidden => StatusCode::FORBIDDEN,
             Error::NoRoute | Error::UnknownModel => StatusCode::NOT_FOUND,
-            Error::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            Error::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
             Error::GatewayOutside => StatusCode::MISDIRECTED_REQUEST,
             Error::Residency => StatusCode::UNAVAILABLE_FOR_LEGAL_REASONS,
             Error::Unavailable | Error::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
@@ -75,9 +78,9 @@ impl Error {
             Error::SlowBody | Error::Deadline => 4,
             Error::UnknownModel => 5,
             Error::ModelForbidden | Error::CallForbidden | Error::Residency => 7,
-            Error::OversizeBody | Error::Overloaded => 8,
+            Error::OversizeHead | Error::OversizeBody | Error::Overloaded => 8,
             Error::GatewayOutside => 9,
-            Error::NoRoute | Error::MethodNotAllowed => 12,
+            Error::NoRoute | Error::MethodNotAllowed(_) => 12,
             Error::Internal => 13,
             Error::Unavailable | Error::Broken | Error::Poisonous => 14,
             Error::NoKey | Error::UnknownKey => 16,
@@ -95,13 +98,14 @@ impl Error {
             Error::Malformed(_) => "malformed_request",
             Error::SlowBody => "slow_body",
             Error::BrokenBody => "broken_body",
+            Error::OversizeHead => "oversize_head",
             Error::OversizeBody => "oversize_body",
             Error::NoKey => "no_api_key",
             Error::UnknownKey => "invalid_api_key",
             Error::ModelForbidden => "model_forbidden",
             Error::CallForbidden => "call_forbidden",
             Error::NoRoute => "no_route",
-            Error::MethodNotAllowed => "method_not_allowed",
+            Error::MethodNotAllowed(_) => "method_not_allowed",
             Error::UnknownModel => "model_not_found",
             Error::GatewayOutside => "gateway_outside_residency",
             Error::Residency => "residency",

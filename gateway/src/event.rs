@@ -12,6 +12,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use isochrone_core::geo::Location;
 use isochrone_core::pick::Choice;
 use isochrone_core::retry::Outcome;
+use isochrone_core::steer::Policy;
 use isochrone_telemetry::{SPANS, timestamp, trace};
 use serde::Serialize;
 use smallvec::SmallVec;
@@ -37,8 +38,8 @@ pub(crate) struct Record {
     pub(crate) span: Span,
     /// Sends so far.
     pub(crate) attempts: u8,
-    /// Why the last attempt went where it went, in the words of `explain`.
-    pub(crate) reason: String,
+    /// Where the answer is from, or the last attempt went, and why.
+    pub(crate) decision: Decision,
     pub(crate) started: Instant,
     /// When the head of the answer came.
     pub(crate) answered: Option<Instant>,
@@ -55,9 +56,21 @@ pub(crate) struct Record {
     error: Option<&'static str>,
     bytes: u64,
     snapshot: Arc<Snapshot>,
+    core: Arc<Core>,
     /// The request's place among those in flight, held to the end of the answer.
     permit: Option<Permit>,
+    ended: bool,
 }
+
+/// Where a request went, and why, in the words of `explain`.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Decision {
+    pub(crate) region: Option<Arc<str>>,
+    pub(crate) reason: String,
+}
+
+/// A client that has left before there was an answer. The number is nginx's; no client ever sees it.
+const CLIENT_LEFT: u16 = 499;
 
 /// The access line.
 #[derive(Serialize)]
@@ -91,13 +104,13 @@ struct Line<'a> {
 
 impl Record {
     /// Begins the record of a request, and its trace if it is to be sampled.
-    pub(crate) fn begin(snapshot: &Arc<Snapshot>, peer: &Peer, head: &Parts) -> Record {
+    pub(crate) fn begin(core: &Arc<Core>, snapshot: &Arc<Snapshot>, peer: &Peer, head: &Parts) -> Record {
         let started = Instant::now();
         Record {
             request_id: request_id(&head.headers),
             span: server_span(snapshot, peer, head),
             attempts: 0,
-            reason: String::new(),
+            decision: Decision::default(),
             started,
             answered: None,
             attempt_began: started,
@@ -108,11 +121,13 @@ impl Record {
             tenant: None,
             model: None,
             outcomes: SmallVec::new(),
-            status: StatusCode::INTERNAL_SERVER_ERROR,
+            status: StatusCode::from_u16(CLIENT_LEFT).unwrap_or(StatusCode::BAD_REQUEST),
             error: None,
             bytes: 0,
             snapshot: Arc::clone(snapshot),
+            core: Arc::clone(core),
             permit: None,
+            ended: false,
         }
     }
 
@@ -157,30 +172,30 @@ impl Record {
         self.attempt_began = Instant::now();
         let policy = snapshot.config.steering.policy_for(self.location.point);
         let region = &snapshot.regions[choice.region.get()].name;
-        self.reason.clear();
+        let mut reason = std::mem::take(&mut self.decision.reason);
+        reason.clear();
         let score = &choice.score;
         // A String takes what is written to it.
-        let _ = write!(self.reason, "{} {region} {:.1}ms (", policy.as_str(), score.total_ms());
+        let _ = write!(reason, "{} {region} {:.1}ms (", policy.as_str(), score.total_ms());
         let _ = match policy {
-            isochrone_core::steer::Policy::Nearest => {
-                write!(self.reason, "distance {:.1} + excess {:.1}", score.distance_ms, score.excess_ms)
-            }
-            isochrone_core::steer::Policy::Latency => write!(self.reason, "probe {:.1}", score.probe_ms),
+            Policy::Nearest => write!(reason, "distance {:.1} + excess {:.1}", score.distance_ms, score.excess_ms),
+            Policy::Latency => write!(reason, "probe {:.1}", score.probe_ms),
         };
         let country = self.location.country;
         let country = country.as_ref().map_or("??", |country| country.as_str());
-        let _ = write!(self.reason, "); client {country} by {}", self.location.source.as_str());
+        let _ = write!(reason, "); client {country} by {}", self.location.source.as_str());
         if let Some((region, outcome)) = self.outcomes.last() {
-            let _ = write!(self.reason, "; after {region} {outcome}");
+            let _ = write!(reason, "; after {region} {outcome}");
         }
         if choice.panic {
-            self.reason.push_str("; panic");
+            reason.push_str("; panic");
         }
+        self.decision = Decision { region: Some(Arc::clone(region)), reason };
         if self.span.is_none() {
             return Span::none();
         }
         drop(info_span!(target: SPANS, parent: &self.span, "pick", "isochrone.region" = &**region,
-            "isochrone.reason" = self.reason.as_str()));
+            "isochrone.reason" = self.decision.reason.as_str()));
         info_span!(target: SPANS, parent: &self.span, "attempt", "otel.kind" = "client",
             "isochrone.attempt" = self.attempts, "isochrone.region" = &**region,
             "isochrone.endpoint" = endpoint.name(), "server.address" = endpoint.name(),
@@ -191,14 +206,18 @@ impl Record {
     /// The attempt has ended.
     pub(crate) fn attempt_ended(
         &mut self,
-        core: &Core,
         span: &Span,
         endpoint: &Endpoint,
         outcome: Outcome,
         failure: Option<&Failure>,
     ) {
         self.outcomes.push((Arc::clone(&endpoint.config.region), outcome.as_str()));
-        core.shared.counts.attempt(&endpoint.config.region, outcome, self.attempts > 1, self.attempt_began.elapsed());
+        self.core.shared.counts.attempt(
+            &endpoint.config.region,
+            outcome,
+            self.attempts > 1,
+            self.attempt_began.elapsed(),
+        );
         span.record("isochrone.outcome", outcome.as_str());
         if let Outcome::Status(status) = outcome {
             span.record("http.response.status_code", status);
@@ -217,7 +236,7 @@ impl Record {
 
     /// A further attempt would have been possible but for the budget.
     pub(crate) fn budget_spent(&mut self) {
-        self.reason.push_str("; retry budget spent");
+        self.decision.reason.push_str("; retry budget spent");
     }
 
     /// The head of the answer is known.
@@ -231,8 +250,8 @@ impl Record {
         self.span.record("http.response.status_code", status.as_u16());
         self.span.record("isochrone.request_id", self.request_id.to_str().unwrap_or_default());
         self.span.record("isochrone.attempts", self.attempts);
-        self.span.record("isochrone.reason", self.reason.as_str());
-        self.span.record("isochrone.region", self.region().unwrap_or_default());
+        self.span.record("isochrone.reason", self.decision.reason.as_str());
+        self.span.record("isochrone.region", self.decision.region.as_deref().unwrap_or_default());
         if let Some(error) = self.error {
             self.span.record("error.type", error);
         }
@@ -246,14 +265,13 @@ impl Record {
         self.bytes += bytes as u64;
     }
 
-    /// The region of the last attempt.
-    fn region(&self) -> Option<&str> {
-        self.outcomes.last().map(|(region, _)| &**region)
-    }
-
     /// The end: `complete` unless the answer's body broke off or the client left.
-    pub(crate) fn end(&mut self, core: &Core, complete: bool) {
+    pub(crate) fn end(&mut self, complete: bool) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
         self.permit = None;
+        let core = &self.core;
         let duration = self.started.elapsed();
         core.shared.counts.request(self.status, duration);
         if !complete {
@@ -278,10 +296,10 @@ impl Record {
             location_source: self.location.source.as_str(),
             tenant: self.tenant.as_deref(),
             model: self.model.as_deref(),
-            region: self.region(),
+            region: self.decision.region.as_deref(),
             attempts: self.attempts,
             outcomes: self.outcomes.iter().map(|(region, outcome)| (&**region, *outcome)).collect(),
-            reason: &self.reason,
+            reason: &self.decision.reason,
             duration_ms: milliseconds(duration),
             answer_ms: self.answered.map(|at| milliseconds(at - self.started)),
             bytes: self.bytes,
@@ -293,6 +311,13 @@ impl Record {
         if let Ok(line) = serde_json::to_vec(&line) {
             core.shared.log.line(core.index, &line);
         }
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        // The client left: before the answer, or in the middle of it.
+        self.end(false);
     }
 }
 

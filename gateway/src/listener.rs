@@ -10,7 +10,6 @@ use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -22,6 +21,15 @@ use crate::app::Core;
 use crate::config::{Limits, Listener};
 use crate::identity::Peer;
 use crate::request;
+
+/// The longest that sent bytes stay unacknowledged, or a full receive window stays full.
+const READER_TIMEOUT: Duration = Duration::from_secs(45);
+
+/// What HTTP/2 begins with (RFC 9113, section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// The pause before looking again whether more of a preface has come.
+const PREFACE_PAUSE: Duration = Duration::from_millis(5);
 
 /// The wait after a failed accept. It fails for want of descriptors or memory, which only time brings back.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
@@ -102,6 +110,8 @@ async fn connection(
     core.shared.counts.connections.fetch_add(1, Relaxed);
     // Answers are written whole; waiting for more to fill a segment only delays them.
     let _ = stream.set_nodelay(true);
+    // A client that takes nothing of its answer any more is given up by the kernel.
+    let _ = socket2::SockRef::from(&stream).set_tcp_user_timeout(Some(READER_TIMEOUT));
     let snapshot = core.shared.snapshot.load_full();
     let limits = snapshot.config.limits;
     // Taken anew for each connection, so that a renewed certificate is presented at once.
@@ -121,16 +131,12 @@ async fn connection(
     };
     // What ends a connection is the client's affair; its requests have told their own ends.
     match tls {
-        None => {
-            let mut builder = auto::Builder::new(TokioExecutor::new());
-            builder
-                .http1()
-                .timer(TokioTimer::new())
-                .header_read_timeout(limits.header_timeout)
-                .max_buf_size(limits.header_bytes);
-            configure_http2(&mut builder.http2(), &limits);
-            let _ = watcher.watch(builder.serve_connection(TokioIo::new(stream), service).into_owned()).await;
-        }
+        None => match tokio::time::timeout(limits.header_timeout, speaks_http2(&stream)).await {
+            Ok(Ok(true)) => drop(watcher.watch(http2(&limits).serve_connection(TokioIo::new(stream), service)).await),
+            Ok(Ok(false)) => drop(watcher.watch(http1(&limits).serve_connection(TokioIo::new(stream), service)).await),
+            // It said nothing, or not enough to tell.
+            Ok(Err(_)) | Err(_) => {}
+        },
         Some(tls) => {
             let handshake = TlsAcceptor::from(tls).accept(stream);
             let Ok(Ok(stream)) = tokio::time::timeout(limits.header_timeout, handshake).await else {
@@ -138,42 +144,50 @@ async fn connection(
                 return;
             };
             if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
-                let mut builder = http2::Builder::new(TokioExecutor::new());
-                configure_http2_alone(&mut builder, &limits);
-                let _ = watcher.watch(builder.serve_connection(TokioIo::new(stream), service)).await;
+                drop(watcher.watch(http2(&limits).serve_connection(TokioIo::new(stream), service)).await);
             } else {
-                let connection = http1::Builder::new()
-                    .timer(TokioTimer::new())
-                    .header_read_timeout(limits.header_timeout)
-                    .max_buf_size(limits.header_bytes)
-                    .serve_connection(TokioIo::new(stream), service);
-                let _ = watcher.watch(connection).await;
+                drop(watcher.watch(http1(&limits).serve_connection(TokioIo::new(stream), service)).await);
             }
         }
     }
     drop(place);
 }
 
-/// HTTP/2 as a public listener speaks it. The two builders have the same methods and no common trait.
-macro_rules! configure_http2 {
-    ($builder:expr, $limits:expr) => {
-        $builder
-            .timer(TokioTimer::new())
-            .max_concurrent_streams($limits.streams)
-            .max_header_list_size(u32::try_from($limits.header_bytes).unwrap_or(u32::MAX))
-            // Enough for a tensor of a megabyte without waiting for the window.
-            .initial_stream_window_size(1 << 20)
-            .initial_connection_window_size(4 << 20)
-            // A client that vanished holds its requests for no longer than this.
-            .keep_alive_interval(Duration::from_secs(20))
-            .keep_alive_timeout(Duration::from_secs(10))
-    };
+/// Whether a connection without TLS begins like HTTP/2. The bytes are looked at and left where they are.
+async fn speaks_http2(stream: &TcpStream) -> std::io::Result<bool> {
+    let mut begin = [0; PREFACE.len()];
+    loop {
+        let size = stream.peek(&mut begin).await?;
+        if size == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        if size == PREFACE.len() || !PREFACE.starts_with(&begin[..size]) {
+            return Ok(begin == PREFACE);
+        }
+        // Readable already, so there is no event to wait for; hardly any client sends it in pieces.
+        tokio::time::sleep(PREFACE_PAUSE).await;
+    }
 }
 
-fn configure_http2(builder: &mut auto::Http2Builder<'_, TokioExecutor>, limits: &Limits) {
-    configure_http2!(builder, limits);
+/// HTTP/1.1 as a public listener speaks it.
+fn http1(limits: &Limits) -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(limits.header_timeout).max_buf_size(limits.header_bytes);
+    builder
 }
 
-fn configure_http2_alone(builder: &mut http2::Builder<TokioExecutor>, limits: &Limits) {
-    configure_http2!(builder, limits);
+/// HTTP/2 as a public listener speaks it.
+fn http2(limits: &Limits) -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(limits.streams)
+        .max_header_list_size(u32::try_from(limits.header_bytes).unwrap_or(u32::MAX))
+        // Enough for a tensor of a megabyte without waiting for the window.
+        .initial_stream_window_size(1 << 20)
+        .initial_connection_window_size(4 << 20)
+        // A client that vanished holds its requests for no longer than this.
+        .keep_alive_interval(Duration::from_secs(20))
+        .keep_alive_timeout(Duration::from_secs(10));
+    builder
 }

@@ -38,8 +38,10 @@ impl pick::View for View<'_> {
     }
 
     fn score(&self, region: RegionIndex) -> Score {
-        let endpoints = &self.snapshot.endpoints[self.endpoints(region)];
-        let round_trip_ms = endpoints.iter().filter_map(|endpoint| endpoint.round_trip_ms()).reduce(f32::min);
+        // Of those that could answer: what a dead one measured in its better days says nothing.
+        let endpoints = self.snapshot.endpoints[self.endpoints(region)].iter();
+        let ready = endpoints.filter(|endpoint| endpoint.availability(self.now) == Availability::Ready);
+        let round_trip_ms = ready.filter_map(|endpoint| endpoint.round_trip_ms()).reduce(f32::min);
         let place = self.snapshot.config.regions[region.get()].region.point;
         self.snapshot.config.steering.score(self.location.point, place, round_trip_ms)
     }

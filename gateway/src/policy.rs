@@ -6,6 +6,8 @@ use isochrone_core::geo::Location;
 use isochrone_core::region::RegionSet;
 use isochrone_core::residency::{Permitted, permit as permit_regions};
 
+use crate::body::Received;
+use crate::call::{Call, ModelIn};
 use crate::error::Error;
 use crate::identity::Caller;
 use crate::snapshot::Snapshot;
@@ -34,6 +36,16 @@ pub(crate) fn model<'s>(snapshot: &'s Snapshot, caller: &Caller, name: &str) -> 
     let (known, _) = snapshot.model(name).ok_or(Error::UnknownModel)?;
     let tenant = &snapshot.config.tenants[caller.tenant];
     if tenant.models.is_empty() || tenant.models.contains(name) { Ok(known) } else { Err(Error::ModelForbidden) }
+}
+
+/// Refuses a call of which other models than the one that was read could be asked, to a tenant that may not use all:
+/// a stream names one with each message, and a message that is not whole may name another at its end.
+///
+/// # Errors
+/// [`Error::ModelForbidden`].
+pub(crate) fn certain(snapshot: &Snapshot, caller: &Caller, call: &Call, body: &Received) -> Result<(), Error> {
+    let limited = !snapshot.config.tenants[caller.tenant].models.is_empty();
+    if limited && call.model == ModelIn::FirstMessage && !body.is_whole() { Err(Error::ModelForbidden) } else { Ok(()) }
 }
 
 /// Applies the rules.

@@ -3,30 +3,32 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use http::StatusCode;
+use http::{HeaderName, StatusCode};
+use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::app::Shared;
 use crate::config;
 use crate::endpoint::{Change, Endpoint, ProbeResult};
-use crate::upstream;
+use crate::upstream::{self, ProbeError};
 
 /// What every worker answers (Open Inference Protocol v2, "server ready").
 const PATH: &str = "/v2/health/ready";
 
-/// The header in which a worker names its region.
-const REGION: &str = "isochrone-region";
+/// The header in which a worker names its region, on every answer.
+pub(crate) const REGION: HeaderName = HeaderName::from_static("isochrone-region");
 
 /// The running probes, by endpoint. Dropping one's guard ends it.
 pub(crate) struct Probes {
     shared: Arc<Shared>,
+    ended: mpsc::Sender<String>,
     running: HashMap<Box<str>, DropGuard>,
 }
 
 impl Probes {
     /// Starts a probe for each endpoint of the snapshot in force.
-    pub(crate) fn start(shared: Arc<Shared>) -> Probes {
-        let mut probes = Probes { shared, running: HashMap::new() };
+    pub(crate) fn start(shared: Arc<Shared>, ended: mpsc::Sender<String>) -> Probes {
+        let mut probes = Probes { shared, ended, running: HashMap::new() };
         probes.follow();
         probes
     }
@@ -39,7 +41,14 @@ impl Probes {
             self.running.entry(endpoint.config.id.clone()).or_insert_with(|| {
                 let stop = CancellationToken::new();
                 let (shared, endpoint, stopped) = (Arc::clone(&self.shared), Arc::clone(endpoint), stop.clone());
-                tokio::spawn(async move { stopped.run_until_cancelled(probe(shared, endpoint)).await });
+                let ended = self.ended.clone();
+                let probing = tokio::spawn(async move { stopped.run_until_cancelled(probe(shared, endpoint)).await });
+                tokio::spawn(async move {
+                    // Told to stop is one thing; a probe that died would leave its endpoint judged for ever.
+                    if let Err(error) = probing.await {
+                        let _ = ended.try_send(format!("a probe ended: {error}"));
+                    }
+                });
                 stop.drop_guard()
             });
         }
@@ -50,7 +59,7 @@ async fn probe(shared: Arc<Shared>, endpoint: Arc<Endpoint>) {
     loop {
         let rules = shared.snapshot.load().config.probes;
         let result = tokio::time::timeout(rules.timeout, ask(&endpoint)).await;
-        let result = result.unwrap_or_else(|_| ProbeResult::Failed(format!("no answer within {:?}", rules.timeout)));
+        let result = result.unwrap_or_else(|_| ProbeResult::Silent(format!("no answer within {:?}", rules.timeout)));
         let changed = endpoint.probed(result, shared.now(), &shared.snapshot.load().config);
         if let Some(change) = changed {
             tell(&endpoint, &change);
@@ -61,12 +70,13 @@ async fn probe(shared: Arc<Shared>, endpoint: Arc<Endpoint>) {
 
 async fn ask(endpoint: &Endpoint) -> ProbeResult {
     match upstream::probe(endpoint, PATH).await {
-        Ok((head, took)) if head.status == StatusCode::OK => ProbeResult::Ready {
+        Ok((head, took)) => ProbeResult::Answered {
             region: head.headers.get(REGION).and_then(|name| name.to_str().ok()).map(str::to_owned),
+            ready: if head.status == StatusCode::OK { Ok(()) } else { Err(format!("it answers {}", head.status)) },
             round_trip_ms: took.as_secs_f32() * 1000.0,
         },
-        Ok((head, _)) => ProbeResult::Failed(format!("it answers {}", head.status)),
-        Err(why) => ProbeResult::Failed(why),
+        Err(ProbeError::Connect(why)) => ProbeResult::Gone(why),
+        Err(ProbeError::Answer(why)) => ProbeResult::Silent(why),
     }
 }
 

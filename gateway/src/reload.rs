@@ -46,10 +46,11 @@ pub(crate) async fn watch(directory: PathBuf, shared: Arc<Shared>, mut opened: O
             Ok(config) => {
                 accept(&shared, config);
                 probes.follow();
-                watched.follow(&shared.snapshot.load().config, &directory);
             }
             Err(rejected) => reject(&shared, rejected),
         }
+        // Whether accepted or not: a directory may have been replaced by another of the same name.
+        watched.follow(&shared.snapshot.load().config, &directory);
     }
 }
 
@@ -66,7 +67,8 @@ async fn settle(changed: &Notify, shared: &Shared) {
 fn accept(shared: &Shared, config: Config) {
     let before = shared.snapshot.load_full();
     for (what, same) in [
-        ("listeners", addresses(&before.config) == addresses(&config)),
+        ("listeners.address", addresses(&before.config) == addresses(&config)),
+        ("limits.connections", before.config.limits.connections == config.limits.connections),
         ("admin.address", before.config.admin == config.admin),
         ("gateway.cores", before.config.cores == config.cores),
         ("telemetry.otlp", before.config.telemetry.otlp == config.telemetry.otlp),
@@ -84,8 +86,8 @@ fn accept(shared: &Shared, config: Config) {
     state.rejected = None;
 }
 
-fn addresses(config: &Config) -> BTreeSet<(std::net::SocketAddr, bool)> {
-    config.listeners.iter().map(|listener| (listener.address, listener.tls.is_some())).collect()
+fn addresses(config: &Config) -> BTreeSet<std::net::SocketAddr> {
+    config.listeners.iter().map(|listener| listener.address).collect()
 }
 
 fn reject(shared: &Shared, rejected: Rejected) {
@@ -121,7 +123,7 @@ impl Watched {
             // A directory that no longer exists is no longer watched either way.
             let _ = self.watcher.unwatch(gone);
         }
-        for new in wanted.difference(&self.directories) {
+        for new in &wanted {
             if let Err(error) = self.watcher.watch(new, RecursiveMode::NonRecursive) {
                 tracing::warn!(directory = %new.display(), %error, "not watched; SIGHUP makes the gateway read changes there");
             }

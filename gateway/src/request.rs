@@ -13,13 +13,15 @@ use futures_util::FutureExt;
 use http::request::Parts;
 use http::{HeaderValue, Request, Response};
 use hyper::body::Incoming;
+use isochrone_core::geo::Location;
+use isochrone_core::residency::Permitted;
 use serde_json::json;
 use tokio::time::Instant;
 
 use crate::app::Core;
 use crate::attempt::{self, Answer, Attempted, Forwarded};
 use crate::body::{self, ReceiveLimits, ResponseBody};
-use crate::call::{self, Dialect};
+use crate::call::{self, Dialect, ModelIn};
 use crate::error::Error;
 use crate::event::Record;
 use crate::identity::{self, Caller, Peer};
@@ -38,7 +40,7 @@ pub(crate) async fn serve(core: Arc<Core>, peer: Arc<Peer>, request: Request<Inc
     let snapshot = core.shared.snapshot.load_full();
     let (head, body) = request.into_parts();
     let dialect = call::dialect(&head);
-    let mut record = Record::begin(&snapshot, &peer, &head);
+    let mut record = Record::begin(&core, &snapshot, &peer, &head);
 
     let outcome = match Core::admit(&core, &snapshot) {
         None => Err(Error::Overloaded),
@@ -70,7 +72,7 @@ async fn answer(
     let config = &snapshot.config;
     let client_ip = identity::client_ip(peer, &head.headers);
     record.addressed(client_ip);
-    strict::check(head)?;
+    strict::check(head, config.limits.header_bytes)?;
     let call = call::parse(head)?;
     let caller = identity::identify(snapshot, client_ip, &head.headers)?;
     record.identified(client_ip, &snapshot.tenants[caller.tenant].name);
@@ -81,21 +83,37 @@ async fn answer(
         return Ok(Outcome::Own(models(snapshot, &caller, &location)));
     }
 
-    let deadline = attempt::deadline(&head.headers, Instant::now(), config.attempts.timeout);
+    let (deadline, own_deadline) = attempt::deadline(&head.headers, Instant::now(), config.attempts.timeout);
     let limits = ReceiveLimits {
         whole_bytes: config.limits.openai_bytes,
         keep_bytes: config.attempts.replay_bytes,
         timeout: config.limits.body_timeout,
     };
-    let (body, model) = body::receive(body, &call, limits).await?;
-    let model = model.map(|name| policy::model(snapshot, &caller, &name)).transpose()?;
-    let ask = Ask { tenant: caller.tenant, location: &location, model };
-    let permitted = policy::permit(snapshot, &ask)?;
+    // What the head alone decides is refused before the body is read.
+    if let ModelIn::Path(name) = &call.model {
+        permission(snapshot, &caller, &location, Some(name))?;
+    }
+    let (body, name) = body::receive(body, &call, limits).await?;
+    let (model, permitted) = permission(snapshot, &caller, &location, name.as_deref())?;
+    policy::certain(snapshot, &caller, &call, &body)?;
     record.permitted(model, permitted.regions().len());
 
+    let ask = Ask { tenant: caller.tenant, location: &location, model };
     let forwarded = forwarded(&caller, peer, record);
-    let attempted = Attempted { snapshot, permitted, ask, call: &call, head, body, deadline, forwarded };
+    let attempted = Attempted { snapshot, permitted, ask, call: &call, head, body, deadline, own_deadline, forwarded };
     attempt::run(core, attempted, record).await.map(Outcome::Forward)
+}
+
+/// The model, and the regions that may see the request.
+fn permission<'s>(
+    snapshot: &'s Snapshot,
+    caller: &Caller,
+    location: &Location,
+    name: Option<&str>,
+) -> Result<(Option<&'s Arc<str>>, Permitted), Error> {
+    let model = name.map(|name| policy::model(snapshot, caller, name)).transpose()?;
+    let permitted = policy::permit(snapshot, &Ask { tenant: caller.tenant, location, model })?;
+    Ok((model, permitted))
 }
 
 fn forwarded(caller: &Caller, peer: &Peer, record: &Record) -> Forwarded {
@@ -106,21 +124,10 @@ fn forwarded(caller: &Caller, peer: &Peer, record: &Record) -> Forwarded {
 }
 
 /// The models that this caller could be served, in OpenAI's form.
-fn models(snapshot: &Snapshot, caller: &Caller, location: &isochrone_core::geo::Location) -> serde_json::Value {
-    let mut names: Vec<&str> = snapshot
-        .models
-        .keys()
-        .filter(|name| {
-            policy::model(snapshot, caller, name).is_ok_and(|model| {
-                policy::permit(snapshot, &Ask { tenant: caller.tenant, location, model: Some(model) }).is_ok()
-            })
-        })
-        .map(|name| &**name)
-        .collect();
+fn models(snapshot: &Snapshot, caller: &Caller, location: &Location) -> serde_json::Value {
+    let served = |name: &&str| permission(snapshot, caller, location, Some(name)).is_ok();
+    let mut names: Vec<&str> = snapshot.models.keys().map(|name| &**name).filter(served).collect();
     names.sort_unstable();
-    let data: Vec<_> = names
-        .iter()
-        .map(|name| json!({ "id": name, "object": "model", "created": 0, "owned_by": "isochrone" }))
-        .collect();
-    json!({ "object": "list", "data": data })
+    let one = |name: &&str| json!({ "id": name, "object": "model", "created": 0, "owned_by": "isochrone" });
+    json!({ "object": "list", "data": names.iter().map(one).collect::<Vec<_>>() })
 }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use serde_json::json;
 
@@ -28,7 +28,7 @@ const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Fields of an endpoint's answer that are not for the client: they end at this hop, are between worker and gateway, or
 /// are written anew.
 const NOT_FOR_CLIENTS: [HeaderName; 9] = [
-    http::header::CONNECTION,
+    CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
     http::header::TRANSFER_ENCODING,
@@ -45,12 +45,11 @@ pub(crate) struct Finish {
     core: Arc<Core>,
     record: Record,
     upstream: Option<(InFlight, Lease, bool)>,
-    ended: bool,
 }
 
 impl Finish {
     fn new(core: &Arc<Core>, record: Record, upstream: Option<(InFlight, Lease, bool)>) -> Box<Finish> {
-        Box::new(Finish { core: Arc::clone(core), record, upstream, ended: false })
+        Box::new(Finish { core: Arc::clone(core), record, upstream })
     }
 
     /// Bytes went out.
@@ -65,27 +64,14 @@ impl Finish {
         {
             lease.give_back(&pools[self.core.index], self.core.now());
         }
-        self.end(true);
+        self.record.end(true);
     }
 
     /// The endpoint broke off in the middle. The client sees that the answer is not whole: its own connection or stream
     /// is broken off too.
     pub(crate) fn broken(&mut self) {
         self.upstream = None;
-        self.end(false);
-    }
-
-    fn end(&mut self, complete: bool) {
-        if !std::mem::replace(&mut self.ended, true) {
-            self.record.end(&self.core, complete);
-        }
-    }
-}
-
-impl Drop for Finish {
-    fn drop(&mut self) {
-        // The client left before the end.
-        self.end(false);
+        self.record.end(false);
     }
 }
 
@@ -99,13 +85,20 @@ pub(crate) fn forward(
 ) -> Response<ResponseBody> {
     let (mut head, body) = answer.response.into_parts();
     record.answered(head.status, None);
+    nominated(&head.headers).iter().for_each(|name| drop(head.headers.remove(name)));
     for name in &NOT_FOR_CLIENTS {
         head.headers.remove(name);
     }
     head.headers.insert(REGION, snapshot.regions[answer.region.get()].header.clone());
     decorate(&mut head.headers, &record);
     let finish = Finish::new(core, record, Some((answer.in_flight, answer.lease, grpc)));
-    Response::from_parts(head, ResponseBody::endpoint(body, finish))
+    Response::from_parts(head, ResponseBody::endpoint(body, finish, snapshot.config.limits.answer_silence))
+}
+
+/// The fields that `Connection` names: they end at this hop (RFC 9110, section 7.6.1).
+fn nominated(headers: &HeaderMap) -> Vec<HeaderName> {
+    let values = headers.get_all(CONNECTION).iter().flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
+    values.filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok()).collect()
 }
 
 /// Refuses, in the caller's dialect.
@@ -114,6 +107,10 @@ pub(crate) fn refuse(core: &Arc<Core>, error: Error, dialect: Dialect, mut recor
     let mut headers = HeaderMap::new();
     if let Some(seconds) = error.retry_after() {
         headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    if let Error::MethodNotAllowed(allowed) = error {
+        // RFC 9110, section 15.5.6: a 405 says what would be allowed.
+        headers.insert(ALLOW, HeaderValue::from_static(allowed));
     }
     if error.status() == StatusCode::UNAUTHORIZED {
         // RFC 9110, section 11.6.1: a 401 says how to authenticate.
@@ -179,7 +176,7 @@ fn decorate(headers: &mut HeaderMap, record: &Record) {
     insert(headers, SERVER_TIMING, timing);
     if record.attempts > 0 {
         headers.insert(ATTEMPTS, HeaderValue::from(u16::from(record.attempts)));
-        insert(headers, REASON, record.reason.clone());
+        insert(headers, REASON, record.decision.reason.clone());
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::ProducesTickets;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use sha2::{Digest, Sha256};
 
@@ -13,7 +14,11 @@ use sha2::{Digest, Sha256};
 ///
 /// # Errors
 /// The entry at fault, `certificate` or `key`, and what is wrong with it.
-pub(crate) fn server_config(certificate: &Path, key: &Path) -> Result<ServerConfig, (&'static str, String)> {
+pub(crate) fn server_config(
+    certificate: &Path,
+    key: &Path,
+    ticketer: Arc<dyn ProducesTickets>,
+) -> Result<ServerConfig, (&'static str, String)> {
     let chain = certificates(certificate).map_err(|message| ("certificate", message))?;
     let private = PrivateKeyDer::from_pem_file(key)
         .map_err(|error| ("key", format!("{}: no private key in PEM form: {error}", key.display())))?;
@@ -28,10 +33,18 @@ pub(crate) fn server_config(certificate: &Path, key: &Path) -> Result<ServerConf
             };
             ("key", message)
         })?;
-    config.ticketer = rustls::crypto::aws_lc_rs::Ticketer::new()
-        .map_err(|error| ("key", format!("no random numbers for session tickets: {error}")))?;
+    config.ticketer = ticketer;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
+}
+
+/// The keys of session tickets, which rotate by themselves.
+///
+/// # Errors
+/// No random numbers.
+pub(crate) fn ticketer() -> Result<Arc<dyn ProducesTickets>, String> {
+    rustls::crypto::aws_lc_rs::Ticketer::new()
+        .map_err(|error| format!("no random numbers for session tickets: {error}"))
 }
 
 /// The authorities of a PEM file, and a digest of them.

@@ -23,6 +23,9 @@ const IDLE_MAX: usize = 256;
 /// The longest that a connection stays idle. Shorter than servers wait, so that they rarely close one under a request.
 const IDLE_FOR: Duration = Duration::from_secs(20);
 
+/// The longest wait for a pooled connection to be ready.
+const READY_WAIT: Duration = Duration::from_millis(10);
+
 /// One core's connections to one target.
 ///
 /// The lock is never waited for: only the one thread of this core takes it, and never across an await.
@@ -56,6 +59,9 @@ pub(crate) enum SendError {
         /// The body, unused.
         unsent: Option<Box<RequestBody>>,
     },
+    /// The endpoint did not take the request up.
+    #[error("the endpoint refused the request unprocessed: {0}")]
+    Refused(hyper::Error),
     /// The connection broke; something may have been sent.
     #[error("the connection broke: {0}")]
     Reset(hyper::Error),
@@ -123,7 +129,11 @@ pub(crate) async fn send(
                     Err(mut error) => match error.take_message() {
                         // It was closed while idle, and nothing has been sent: another connection.
                         Some(unsent) if reused => request = unsent,
-                        _ => return Err(reason(error.into_error())),
+                        Some(unsent) => {
+                            let why = error.into_error().to_string();
+                            return Err(SendError::Connect { why, unsent: Some(Box::new(unsent.into_body())) });
+                        }
+                        None => return Err(reason(error.into_error())),
                     },
                 }
             }
@@ -153,6 +163,14 @@ pub(crate) async fn send(
 fn reason(error: hyper::Error) -> SendError {
     match std::error::Error::source(&error) {
         Some(source) if source.is::<ClientBodyError>() => SendError::ClientBody,
+        // RFC 9113, section 8.7: neither was processed, and both may be tried again.
+        Some(source)
+            if source.downcast_ref::<h2::Error>().is_some_and(|error| {
+                error.reason() == Some(h2::Reason::REFUSED_STREAM) || (error.is_go_away() && error.is_remote())
+            }) =>
+        {
+            SendError::Refused(error)
+        }
         _ => SendError::Reset(error),
     }
 }
@@ -183,8 +201,9 @@ impl Pool {
                 self.connections.lock().http1.clear();
                 return None;
             }
-            // Not ready yet may only mean that its task has not run since the last body ended.
-            if sender.is_ready() || sender.ready().await.is_ok() {
+            // Not ready yet may only mean that its task has not run since the last body ended. Or it is still taking in a
+            // body that its endpoint has already answered: that one is not waited for.
+            if sender.is_ready() || matches!(tokio::time::timeout(READY_WAIT, sender.ready()).await, Ok(Ok(()))) {
                 return Some(Connection::Http1 { sender, reused: true });
             }
         }
@@ -209,33 +228,43 @@ impl Pool {
 /// The longest body of a probe's answer that is read.
 const PROBE_BODY_MAX: usize = 64 << 10;
 
+/// Why a probe found nothing.
+#[derive(Debug)]
+pub(crate) enum ProbeError {
+    /// No connection.
+    Connect(String),
+    /// No whole answer on it.
+    Answer(String),
+}
+
 /// Asks an endpoint for a path over a connection of its own, so that a probe measures the network and not a queue of
 /// requests. Gives the head of the answer and how long it took on the open connection.
 ///
 /// # Errors
-/// No connection, or no whole answer; in words.
-pub(crate) async fn probe(endpoint: &Endpoint, path: &str) -> Result<(http::response::Parts, Duration), String> {
-    let target = endpoint.config.http.as_ref().ok_or("it has no HTTP address")?;
-    let opened = Box::pin(connect::connect(target)).await?;
+/// See [`ProbeError`].
+pub(crate) async fn probe(
+    endpoint: &Endpoint,
+    path: &'static str,
+) -> Result<(http::response::Parts, Duration), ProbeError> {
+    let answer = |error: &dyn std::fmt::Display| ProbeError::Answer(format!("no whole answer: {error}"));
+    let target = endpoint.config.http.as_ref().ok_or_else(|| ProbeError::Connect("it has no HTTP address".into()))?;
+    let opened = Box::pin(connect::connect(target)).await.map_err(ProbeError::Connect)?;
     let mut request = Request::new(RequestBody::empty());
-    *request.uri_mut() = path.parse().map_err(|error| format!("{error}"))?;
     let began = std::time::Instant::now();
     let response = match opened {
         connect::Opened::Http1(mut sender) => {
+            *request.uri_mut() = Uri::from_static(path);
             request.headers_mut().insert(HOST, target.authority.clone());
             sender.send_request(request).await
         }
         connect::Opened::Http2(mut sender) => {
-            *request.uri_mut() = target.uri(path).map_err(|error| error.to_string())?;
+            *request.uri_mut() = target.uri(path).map_err(|error| answer(&error))?;
             sender.send_request(request).await
         }
     };
-    let (head, body) = response.map_err(|error| format!("no answer: {error}"))?.into_parts();
+    let (head, body) = response.map_err(|error| answer(&error))?.into_parts();
     let took = began.elapsed();
-    http_body_util::Limited::new(body, PROBE_BODY_MAX)
-        .collect()
-        .await
-        .map(http_body_util::Collected::<Bytes>::to_bytes)
-        .map_err(|error| format!("half an answer: {error}"))?;
+    let body = http_body_util::Limited::new(body, PROBE_BODY_MAX).collect();
+    body.await.map(http_body_util::Collected::<Bytes>::to_bytes).map_err(|error| answer(&error))?;
     Ok((head, took))
 }

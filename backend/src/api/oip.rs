@@ -198,6 +198,10 @@ async fn compute(
         let tensor = tensor
             .ok_or_else(|| Error::new(StatusCode::INTERNAL_SERVER_ERROR, Dialect::Oip, "an output is missing"))?;
         let Tensor { name, shape, data } = tensor;
+        if !data.is_finite() {
+            let message = format!("output `{name}` has numbers that are not finite, which JSON cannot say");
+            return Err(Error::new(StatusCode::INTERNAL_SERVER_ERROR, Dialect::Oip, message));
+        }
         results.push(InferResult { name, datatype: datatype(data), shape, data });
     }
     let answer = InferResponse {

@@ -93,6 +93,13 @@ impl Outlier {
         }
     }
 
+    /// The trial ended without a verdict: its client left, or the answer said nothing. The next request may be it.
+    pub fn release_trial(&mut self, now: Time) {
+        if let State::Probing { .. } = self.state {
+            self.state = State::Ejected { until: now };
+        }
+    }
+
     fn eject(&mut self, now: Time, rules: &Rules) -> Duration {
         let length = rules.ejection.saturating_mul(1 << self.ejections.min(16)).min(rules.ejection_max);
         self.ejections = self.ejections.saturating_add(1);
@@ -173,5 +180,8 @@ mod tests {
         assert!(outlier.try_trial(seconds(1), &RULES));
         assert!(!outlier.try_trial(seconds(4), &RULES));
         assert!(outlier.try_trial(seconds(5), &RULES));
+        // One that is known to have brought nothing is given up at once.
+        outlier.release_trial(seconds(6));
+        assert!(outlier.try_trial(seconds(6), &RULES));
     }
 }

@@ -105,15 +105,16 @@ fn best(
     two_choices(view, view.endpoints(region).filter(usable), random).map(|endpoint| (region, score, endpoint))
 }
 
-fn two_choices(view: &impl View, candidates: impl Iterator<Item = usize> + Clone, random: u64) -> Option<usize> {
+fn two_choices(view: &impl View, mut candidates: impl Iterator<Item = usize> + Clone, random: u64) -> Option<usize> {
     let count = candidates.clone().count();
-    if count <= 2 {
-        return candidates.min_by_key(|&endpoint| view.cost(endpoint));
+    if count <= 1 {
+        return candidates.next();
     }
     let first = (random & 0xffff_ffff) as usize % count;
     // The second is drawn from the others, so that it is never the first again.
     let second = (first + 1 + (random >> 32) as usize % (count - 1)) % count;
     let nth = |at| candidates.clone().nth(at);
+    // The first drawn wins a tie, so that idle endpoints share.
     [nth(first), nth(second)].into_iter().flatten().min_by_key(|&endpoint| view.cost(endpoint))
 }
 
@@ -221,6 +222,14 @@ mod tests {
         };
         assert_eq!(choice(&[0]), Some(2));
         assert_eq!(choice(&[0, 2]), Some(1));
+    }
+
+    #[test]
+    fn idle_endpoints_share() {
+        let world = World(vec![(1.0, false, vec![(Ready, 0), (Ready, 0)])]);
+        let permitted = world.permitted(&Residency::Any);
+        let picks = |random| pick(&world, &permitted, Tried::default(), random).expect("ready endpoints").endpoint;
+        assert_eq!(((0..1000).map(picks)).sum::<usize>(), 500);
     }
 
     #[test]

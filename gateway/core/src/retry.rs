@@ -7,10 +7,15 @@ pub enum Outcome {
     Status(u16),
     /// No connection: nothing of the request was sent.
     ConnectFailed,
+    /// The endpoint let the request go unprocessed (HTTP/2's REFUSED_STREAM, a GOAWAY before it).
+    Refused,
     /// The connection broke after something of the request may have been sent.
     Reset,
-    /// The endpoint answered nothing until the deadline.
+    /// The endpoint answered nothing until the gateway's own deadline.
     TimedOut,
+    /// Nor until one that the client chose, or while the client was still sending: that says nothing about the endpoint.
+    /// A client could otherwise eject any endpoint for everybody by asking for a millisecond.
+    ClientTimedOut,
     /// The client's own body broke off; the endpoint is not to blame.
     ClientBody,
 }
@@ -29,7 +34,7 @@ pub struct Verdict {
 pub enum Retry {
     /// This is the answer.
     No,
-    /// Any request may: nothing of it was sent.
+    /// Any request may whose body is still at hand: nothing of it was processed.
     Any,
     /// Only a request that is safe to do twice and whose body is still at hand.
     Replayable,
@@ -50,17 +55,19 @@ impl Outcome {
     /// Judges the outcome.
     pub fn verdict(self) -> Verdict {
         let (retry, endpoint) = match self {
-            // RFC 9110, sections 15.6.3 and 15.6.5: the endpoint is a gateway to something that failed.
-            Outcome::Status(502 | 504) => (Retry::Replayable, Mark::Failure),
-            // RFC 9110, section 15.6.4, and RFC 6585, section 4: overload.
-            Outcome::Status(503 | 429) => (Retry::Replayable, Mark::None),
-            // Any other answer, a 500 included, is the model's own: doing it again elsewhere gives it again.
-            Outcome::Status(500..) => (Retry::No, Mark::Failure),
+            // RFC 9110, section 15.6.3: the endpoint is a gateway to something that failed.
+            Outcome::Status(502) => (Retry::Replayable, Mark::Failure),
+            // RFC 9110, sections 15.6.4 and 15.6.5, and RFC 6585, section 4: overload, or late because of it.
+            Outcome::Status(503 | 504 | 429) => (Retry::Replayable, Mark::None),
+            // Any other answer, a 500 included, is the model's own: doing it again elsewhere gives it again. Nor does it
+            // count: an input that a model cannot bear would otherwise eject every endpoint that it visits.
+            Outcome::Status(500..) => (Retry::No, Mark::None),
             Outcome::Status(_) => (Retry::No, Mark::Success),
             Outcome::ConnectFailed => (Retry::Any, Mark::Failure),
+            Outcome::Refused => (Retry::Any, Mark::None),
             Outcome::Reset => (Retry::Replayable, Mark::Failure),
             Outcome::TimedOut => (Retry::No, Mark::Failure),
-            Outcome::ClientBody => (Retry::No, Mark::None),
+            Outcome::ClientTimedOut | Outcome::ClientBody => (Retry::No, Mark::None),
         };
         Verdict { retry, endpoint }
     }
@@ -68,12 +75,13 @@ impl Outcome {
     /// The word in traces, logs and metrics.
     pub fn as_str(self) -> &'static str {
         match self {
+            Outcome::Status(429 | 503 | 504) => "unavailable",
             Outcome::Status(..500) => "ok",
-            Outcome::Status(503) => "unavailable",
             Outcome::Status(_) => "server_error",
             Outcome::ConnectFailed => "connect_failed",
+            Outcome::Refused => "refused",
             Outcome::Reset => "reset",
-            Outcome::TimedOut => "timed_out",
+            Outcome::TimedOut | Outcome::ClientTimedOut => "timed_out",
             Outcome::ClientBody => "client_body",
         }
     }
@@ -87,18 +95,27 @@ mod tests {
     fn only_what_was_not_sent_is_retried_without_being_replayable() {
         let all = [200, 400, 404, 429, 500, 501, 502, 503, 504].map(Outcome::Status).into_iter().chain([
             Outcome::ConnectFailed,
+            Outcome::Refused,
             Outcome::Reset,
             Outcome::TimedOut,
             Outcome::ClientBody,
         ]);
         for outcome in all {
-            assert_eq!(outcome.verdict().retry == Retry::Any, outcome == Outcome::ConnectFailed, "{outcome:?}");
+            let unprocessed = matches!(outcome, Outcome::ConnectFailed | Outcome::Refused);
+            assert_eq!(outcome.verdict().retry == Retry::Any, unprocessed, "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_that_a_client_can_cause_by_itself_counts_against_an_endpoint() {
+        for outcome in [Outcome::Status(500), Outcome::Status(400), Outcome::ClientTimedOut, Outcome::ClientBody] {
+            assert_ne!(outcome.verdict().endpoint, Mark::Failure, "{outcome:?}");
         }
     }
 
     #[test]
     fn overload_steers_and_does_not_eject() {
-        for status in [429, 503] {
+        for status in [429, 503, 504] {
             assert_eq!(Outcome::Status(status).verdict(), Verdict { retry: Retry::Replayable, endpoint: Mark::None });
         }
     }

@@ -15,6 +15,9 @@ use crate::geo::Point;
 /// Light in fibre, in kilometres a millisecond.
 const FIBRE_KM_PER_MS: f32 = 200.0;
 
+/// The probe of a region that has none and whose distance is not known: worse than any that was measured.
+const UNMEASURED_MS: f32 = 1000.0;
+
 /// How regions are scored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
@@ -84,7 +87,7 @@ impl Steering {
                 probe_ms: 0.0,
             },
             // The distance stands in until the first measurement.
-            _ => Score { probe_ms: probe_ms.or(expected_ms).unwrap_or(0.0), ..Score::default() },
+            _ => Score { probe_ms: probe_ms.or(expected_ms).unwrap_or(UNMEASURED_MS), ..Score::default() },
         }
     }
 

@@ -26,12 +26,13 @@ pub(crate) struct Forwarded {
     pub(crate) request_id: HeaderValue,
 }
 
-/// When the client wants its answer: the earlier of what it asks for and the route's own.
-pub(crate) fn deadline(headers: &HeaderMap, now: Instant, timeout: Duration) -> Instant {
+/// When the answer has to be there: the earlier of what the client asks for and the gateway's own; and whether it is that.
+pub(crate) fn deadline(headers: &HeaderMap, now: Instant, timeout: Duration) -> (Instant, bool) {
     let asked =
         headers.get(X_REQUEST_TIMEOUT).and_then(|value| value.to_str().ok()?.parse().ok()).map(Duration::from_millis);
     let grpc = headers.get(GRPC_TIMEOUT).and_then(|value| grpc_timeout(value.as_bytes()));
-    now + [asked, grpc].into_iter().flatten().fold(timeout, Duration::min).min(TIMEOUT_MAX)
+    let earliest = [asked, grpc].into_iter().flatten().fold(timeout, Duration::min).min(TIMEOUT_MAX);
+    (now + earliest, earliest == timeout)
 }
 
 /// At most eight digits and a unit (<https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>).
@@ -205,7 +206,7 @@ mod tests {
                 headers.iter().map(|&(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))),
             );
             assert_eq!(
-                deadline(&headers, now, Duration::from_secs(60)) - now,
+                deadline(&headers, now, Duration::from_secs(60)).0 - now,
                 Duration::from_millis(expected),
                 "{headers:?}"
             );

@@ -113,6 +113,7 @@ impl Builder<'_> {
             limits: Limits {
                 header_timeout: gateway.limits.header_timeout.0,
                 body_timeout: gateway.limits.body_timeout.0,
+                answer_silence: gateway.limits.answer_silence.0,
                 header_bytes: bytes(gateway.limits.header_bytes),
                 openai_bytes: bytes(gateway.limits.openai_body),
                 connections: gateway.limits.connections,
@@ -159,7 +160,11 @@ impl Builder<'_> {
     }
 
     fn bounds(&mut self, main: &Document, gateway: &file::Gateway) {
-        let checks: [(bool, &[&str], &str); 15] = [
+        let positive = |length: &file::Length| !length.0.is_zero();
+        let otlp = gateway.telemetry.otlp.as_ref().is_none_or(|url| {
+            url.parse::<http::Uri>().is_ok_and(|url| url.host().is_some() && url.scheme_str() == Some("http"))
+        });
+        let checks: [(bool, &[&str], &str); 21] = [
             (gateway.gateway.cores <= 1024, &["gateway", "cores"], "at most 1024"),
             (
                 !gateway.listeners.is_empty(),
@@ -186,6 +191,12 @@ impl Builder<'_> {
             ),
             (gateway.outlier.consecutive_failures >= 1, &["outlier", "consecutive_failures"], "at least 1"),
             (gateway.limits.header_bytes.as_u64() >= 8192, &["limits", "header_bytes"], "at least \"8KiB\""),
+            (gateway.limits.connections >= 1, &["limits", "connections"], "at least 1"),
+            (positive(&gateway.limits.header_timeout), &["limits", "header_timeout"], "longer than zero"),
+            (positive(&gateway.limits.body_timeout), &["limits", "body_timeout"], "longer than zero"),
+            (positive(&gateway.limits.answer_silence), &["limits", "answer_silence"], "longer than zero"),
+            (positive(&gateway.outlier.ejection), &["outlier", "ejection"], "longer than zero"),
+            (otlp, &["telemetry", "otlp"], "an OTLP endpoint is http://HOST:PORT"),
             (gateway.limits.streams >= 1 && gateway.limits.in_flight >= 1, &["limits"], "limits are at least 1"),
         ];
         for (holds, path, message) in checks {
@@ -202,9 +213,12 @@ impl Builder<'_> {
             if listeners.iter().any(|other| other.address == listener.address) {
                 self.say(main, &["listeners", &at, "address"], format!("{} is listened on twice", listener.address));
             }
+            if listener.address.port() == 0 {
+                self.say(main, &["listeners", &at, "address"], "a port that clients can know: from 1 to 65535");
+            }
             let tls = listener.tls.as_ref().and_then(|tls| {
                 let (certificate, key) = (self.beside(main, &tls.certificate), self.beside(main, &tls.key));
-                match tls::server_config(&certificate, &key) {
+                match self.server_config(&certificate, &key) {
                     Ok(config) => Some(Arc::new(config)),
                     Err((entry, message)) => {
                         self.say(main, &["listeners", &at, "tls", entry], message);
@@ -223,6 +237,20 @@ impl Builder<'_> {
         listeners
     }
 
+    fn server_config(
+        &mut self,
+        certificate: &Path,
+        key: &Path,
+    ) -> Result<rustls::ServerConfig, (&'static str, String)> {
+        let ticketer = match &self.opened.ticketer {
+            Some(ticketer) => Arc::clone(ticketer),
+            None => Arc::clone(self.opened.ticketer.insert(tls::ticketer().map_err(|message| ("key", message))?)),
+        };
+        // A renewed certificate is another state of the directory, though no TOML file has changed.
+        self.digest.update(std::fs::read(certificate).unwrap_or_default());
+        tls::server_config(certificate, key, ticketer)
+    }
+
     fn geoip(&mut self, main: &Document, geoip: &file::GeoIp) -> Vec<Arc<Database>> {
         let mut databases = Vec::new();
         let mut opened = HashMap::new();
@@ -230,6 +258,8 @@ impl Builder<'_> {
             let path = self.beside(main, path);
             match self.database(&path) {
                 Ok(database) => {
+                    self.digest.update(database.1.build_epoch().to_le_bytes());
+                    self.digest.update(database.0.length.to_le_bytes());
                     databases.push(Arc::clone(&database.1));
                     opened.insert(path, database);
                 }
@@ -345,6 +375,12 @@ impl Builder<'_> {
             self.say(&document, &["models"], "a region needs a model: [models.NAME] for each that it serves");
         }
         let endpoints = region.endpoints.iter().enumerate();
+        for (at, endpoint) in region.endpoints.iter().enumerate() {
+            let same = |other: &file::Endpoint| (&other.http, &other.grpc) == (&endpoint.http, &endpoint.grpc);
+            if region.endpoints[..at].iter().any(same) {
+                self.say(&document, &["endpoints", &at.to_string()], "the same endpoint stands here twice");
+            }
+        }
         let endpoints: Vec<_> =
             endpoints.filter_map(|(at, endpoint)| self.endpoint(&document, &name, &at.to_string(), endpoint)).collect();
         if self.problems.len() > before {
@@ -462,6 +498,7 @@ impl Builder<'_> {
             file::Key::File { hash_file } => {
                 let path = self.beside(document, hash_file);
                 let text = std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+                self.digest.update(&text);
                 parse(&text).ok_or_else(|| format!("{}: {expected}", path.display()))
             }
         }

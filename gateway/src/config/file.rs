@@ -143,6 +143,7 @@ pub(super) struct Attempts {
 pub(super) struct Limits {
     pub(super) header_timeout: Length,
     pub(super) body_timeout: Length,
+    pub(super) answer_silence: Length,
     pub(super) header_bytes: ByteSize,
     pub(super) openai_body: ByteSize,
     pub(super) connections: usize,

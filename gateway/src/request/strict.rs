@@ -3,16 +3,21 @@
 use http::header::{HOST, TRANSFER_ENCODING};
 use http::request::Parts;
 use http::uri::Authority;
-use http::{Method, Version};
+use http::{HeaderName, HeaderValue, Method, Version};
 
 use crate::error::Error;
 
-/// Refuses an ambiguous head.
+/// Refuses an ambiguous or oversize head.
 ///
 /// # Errors
 /// What makes it ambiguous.
-pub(super) fn check(head: &Parts) -> Result<(), Error> {
+pub(super) fn check(head: &Parts, bytes_max: usize) -> Result<(), Error> {
     let refuse = |why| Err(Error::Malformed(why));
+    // hyper stops reading near its bound, not at it.
+    let field = |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len() + 4;
+    if head.headers.iter().map(field).sum::<usize>() > bytes_max {
+        return Err(Error::OversizeHead);
+    }
     if head.method == Method::CONNECT || !head.uri.path().starts_with('/') {
         return refuse("the target is not a path");
     }
@@ -65,7 +70,7 @@ mod tests {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        check(&request.body(()).expect("valid").into_parts().0)
+        check(&request.body(()).expect("valid").into_parts().0, 1 << 16)
     }
 
     #[test]

@@ -34,7 +34,7 @@ struct Shared {
 
 impl Log {
     /// Starts the writing thread. `shards` is the number of threads that write many lines, each of which has its own
-    /// buffer; the last clone's end ends the thread.
+    /// buffer.
     pub fn start(shards: usize) -> Log {
         let shared = Arc::new(Shared {
             buffers: (0..shards.max(1)).map(|_| Mutex::default()).collect(),

@@ -3,6 +3,7 @@
 //! One binary, so that it is linked once. `./deploy/local/test` builds what it starts.
 
 #![allow(unreachable_pub, reason = "one binary: nothing here is for others")]
+#![allow(clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 mod embeddings;
 
