@@ -139,6 +139,8 @@ async fn control(
     let (ended, mut endings) = mpsc::channel::<String>(16);
     let probes = probe::Probes::start(Arc::clone(&shared), ended.clone());
     watched("the admin listener", &ended, admin::serve(admin, Arc::clone(&shared))?);
+    // Absolute, so that the directory has a parent in which its replacement is seen.
+    let directory = std::path::absolute(&directory).unwrap_or(directory);
     watched("the watch on the configuration", &ended, reload::watch(directory, Arc::clone(&shared), opened, probes));
 
     let mut threads = Vec::new();

@@ -70,8 +70,8 @@ pub(crate) fn dialect(head: &Parts) -> Dialect {
 ///
 /// # Errors
 /// A path or a method that is not served, or a call that is not for tenants.
-pub(crate) fn parse(head: &Parts) -> Result<Call, Error> {
-    match dialect(head) {
+pub(crate) fn parse(head: &Parts, dialect: Dialect) -> Result<Call, Error> {
+    match dialect {
         Dialect::Grpc => grpc(head),
         Dialect::OpenAi => openai(head),
         Dialect::Oip => oip(head),
@@ -300,7 +300,8 @@ mod tests {
     fn parsed(method: &str, path: &str, grpc: bool) -> Result<Call, Error> {
         let kind = if grpc { "application/grpc+proto" } else { "application/json" };
         let request = Request::builder().method(method).uri(path).header(CONTENT_TYPE, kind).body(());
-        parse(&request.expect("valid").into_parts().0)
+        let head = request.expect("valid").into_parts().0;
+        parse(&head, dialect(&head))
     }
 
     #[test]

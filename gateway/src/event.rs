@@ -2,7 +2,6 @@
 //!
 //! The steps do not count or log by themselves; they tell the [`Record`], and everything an operator sees derives from it.
 
-use std::fmt::Write as _;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -24,6 +23,7 @@ use crate::endpoint::Endpoint;
 use crate::error::Error;
 use crate::identity::Peer;
 use crate::snapshot::Snapshot;
+use crate::text;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -172,20 +172,28 @@ impl Record {
         self.attempt_began = Instant::now();
         let policy = snapshot.config.steering.policy_for(self.location.point);
         let region = &snapshot.regions[choice.region.get()].name;
-        let mut reason = std::mem::take(&mut self.decision.reason);
-        reason.clear();
+        // Roomy enough for the usual one, so that it is allocated once.
+        let mut reason = String::with_capacity(128);
         let score = &choice.score;
-        // A String takes what is written to it.
-        let _ = write!(reason, "{} {region} {:.1}ms (", policy.as_str(), score.total_ms());
-        let _ = match policy {
-            Policy::Nearest => write!(reason, "distance {:.1} + excess {:.1}", score.distance_ms, score.excess_ms),
-            Policy::Latency => write!(reason, "probe {:.1}", score.probe_ms),
-        };
         let country = self.location.country;
         let country = country.as_ref().map_or("??", |country| country.as_str());
-        let _ = write!(reason, "); client {country} by {}", self.location.source.as_str());
+        push(&mut reason, &[policy.as_str(), " ", region, " "]);
+        text::push_tenths(&mut reason, score.total_ms());
+        match policy {
+            Policy::Nearest => {
+                reason.push_str("ms (distance ");
+                text::push_tenths(&mut reason, score.distance_ms);
+                reason.push_str(" + excess ");
+                text::push_tenths(&mut reason, score.excess_ms);
+            }
+            Policy::Latency => {
+                reason.push_str("ms (probe ");
+                text::push_tenths(&mut reason, score.probe_ms);
+            }
+        }
+        push(&mut reason, &["); client ", country, " by ", self.location.source.as_str()]);
         if let Some((region, outcome)) = self.outcomes.last() {
-            let _ = write!(reason, "; after {region} {outcome}");
+            push(&mut reason, &["; after ", region, " ", outcome]);
         }
         if choice.panic {
             reason.push_str("; panic");
@@ -321,7 +329,11 @@ impl Drop for Record {
     }
 }
 
-pub(crate) fn milliseconds(duration: Duration) -> f64 {
+fn push(text: &mut String, parts: &[&str]) {
+    parts.iter().for_each(|part| text.push_str(part));
+}
+
+fn milliseconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
@@ -339,10 +351,11 @@ fn shown(address: IpAddr, full: bool) -> String {
 fn request_id(headers: &HeaderMap) -> HeaderValue {
     let sane =
         |id: &&HeaderValue| (1..=REQUEST_ID_MAX).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);
-    headers.get(X_REQUEST_ID).filter(sane).cloned().unwrap_or_else(|| {
-        let id = format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..));
-        HeaderValue::from_maybe_shared(bytes::Bytes::from(id)).unwrap_or_else(|_| HeaderValue::from_static("-"))
-    })
+    headers
+        .get(X_REQUEST_ID)
+        .filter(sane)
+        .cloned()
+        .unwrap_or_else(|| text::header(text::hex(fastrand::u128(..))).unwrap_or_else(|| HeaderValue::from_static("-")))
 }
 
 /// The span of the whole request, or none. A trusted proxy's decision is followed; otherwise the configured share is drawn.

@@ -40,6 +40,8 @@ mod error;
 
 mod event;
 
+mod text;
+
 mod probe;
 
 mod admin;

@@ -24,7 +24,7 @@ const SETTLES_MAX: usize = 20;
 /// Watches for ever. Gives the reason why it cannot.
 pub(crate) async fn watch(directory: PathBuf, shared: Arc<Shared>, mut opened: Opened, mut probes: Probes) -> String {
     let changed = Arc::new(Notify::new());
-    let mut watched = match Watched::start(Arc::clone(&changed)) {
+    let mut watched = match Watched::start(Arc::clone(&changed), directory.clone()) {
         Ok(watched) => watched,
         Err(error) => return error.to_string(),
     };
@@ -66,6 +66,11 @@ async fn settle(changed: &Notify, shared: &Shared) {
 
 fn accept(shared: &Shared, config: Config) {
     let before = shared.snapshot.load_full();
+    if before.config.revision == config.revision {
+        // Touched, or put back as it was.
+        shared.config_state.lock().rejected = None;
+        return;
+    }
     for (what, same) in [
         ("listeners.address", addresses(&before.config) == addresses(&config)),
         ("limits.connections", before.config.limits.connections == config.limits.connections),
@@ -105,10 +110,15 @@ struct Watched {
 }
 
 impl Watched {
-    fn start(changed: Arc<Notify>) -> notify::Result<Watched> {
+    fn start(changed: Arc<Notify>, directory: PathBuf) -> notify::Result<Watched> {
+        // Its parent is watched for its replacement alone: whatever else changes there is not ours.
+        let parent = directory.parent().map(Path::to_owned).unwrap_or_default();
+        let ours = move |path: &PathBuf| path.parent() != Some(&parent) || *path == directory;
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             // Reading is no change; an overflow or an error may hide one.
-            if event.is_ok_and(|event| !matters(event.kind)) {
+            if event
+                .is_ok_and(|event| !matters(event.kind) || !(event.paths.is_empty() || event.paths.iter().any(&ours)))
+            {
                 return;
             }
             changed.notify_one();

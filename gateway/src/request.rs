@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use futures_util::FutureExt;
 use http::request::Parts;
-use http::{HeaderValue, Request, Response};
+use http::{Request, Response};
 use hyper::body::Incoming;
 use isochrone_core::geo::Location;
 use isochrone_core::residency::Permitted;
@@ -27,7 +27,7 @@ use crate::event::Record;
 use crate::identity::{self, Caller, Peer};
 use crate::policy::{self, Ask};
 use crate::snapshot::Snapshot;
-use crate::{geo, respond};
+use crate::{geo, respond, text};
 
 /// What a request leads to.
 enum Outcome {
@@ -46,7 +46,7 @@ pub(crate) async fn serve(core: Arc<Core>, peer: Arc<Peer>, request: Request<Inc
         None => Err(Error::Overloaded),
         Some(permit) => {
             record.admitted(permit);
-            let answering = answer(&core, &snapshot, &peer, &head, body, &mut record);
+            let answering = answer(&core, &snapshot, &peer, &head, body, dialect, &mut record);
             // A panic is a mistake of ours: it costs this request, not the others on the connection or the process.
             AssertUnwindSafe(answering).catch_unwind().await.unwrap_or_else(|_| {
                 core.shared.counts.panics.fetch_add(1, Relaxed);
@@ -67,13 +67,14 @@ async fn answer(
     peer: &Peer,
     head: &Parts,
     body: Incoming,
+    dialect: Dialect,
     record: &mut Record,
 ) -> Result<Outcome, Error> {
     let config = &snapshot.config;
     let client_ip = identity::client_ip(peer, &head.headers);
     record.addressed(client_ip);
     strict::check(head, config.limits.header_bytes)?;
-    let call = call::parse(head)?;
+    let call = call::parse(head, dialect)?;
     let caller = identity::identify(snapshot, client_ip, &head.headers)?;
     record.identified(client_ip, &snapshot.tenants[caller.tenant].name);
     let location = geo::locate(config, client_ip);
@@ -117,10 +118,7 @@ fn permission<'s>(
 }
 
 fn forwarded(caller: &Caller, peer: &Peer, record: &Record) -> Forwarded {
-    // An address is made of digits, letters, dots and colons.
-    let client_ip =
-        HeaderValue::try_from(caller.client_ip.to_string()).unwrap_or_else(|_| HeaderValue::from_static("unknown"));
-    Forwarded { client_ip, secure: peer.secure, request_id: record.request_id.clone() }
+    Forwarded { client_ip: text::address(caller.client_ip), secure: peer.secure, request_id: record.request_id.clone() }
 }
 
 /// The models that this caller could be served, in OpenAI's form.

@@ -1,12 +1,12 @@
 //! Answers: an endpoint's passed on, or the gateway's own. No status is chosen elsewhere.
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use serde_json::json;
+use smallvec::SmallVec;
 
 use crate::app::Core;
 use crate::attempt::Answer;
@@ -14,8 +14,9 @@ use crate::body::ResponseBody;
 use crate::call::Dialect;
 use crate::endpoint::InFlight;
 use crate::error::Error;
-use crate::event::{Record, milliseconds};
+use crate::event::Record;
 use crate::snapshot::Snapshot;
+use crate::text;
 use crate::upstream::Lease;
 
 const REGION: HeaderName = HeaderName::from_static("isochrone-region");
@@ -25,19 +26,22 @@ const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Fields of an endpoint's answer that are not for the client: they end at this hop, are between worker and gateway, or
-/// are written anew.
-const NOT_FOR_CLIENTS: [HeaderName; 9] = [
-    CONNECTION,
-    HeaderName::from_static("keep-alive"),
-    HeaderName::from_static("proxy-connection"),
-    http::header::TRANSFER_ENCODING,
-    http::header::UPGRADE,
-    HeaderName::from_static("endpoint-load-metrics"),
-    http::header::SERVER,
-    ATTEMPTS,
-    REASON,
-];
+/// Whether a field of an endpoint's answer is not for the client: it ends at this hop, is between worker and gateway, or
+/// is written anew.
+fn is_withheld(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "connection"
+            | "keep-alive"
+            | "proxy-connection"
+            | "transfer-encoding"
+            | "upgrade"
+            | "server"
+            | "endpoint-load-metrics"
+            | "isochrone-attempts"
+            | "isochrone-reason"
+    )
+}
 
 /// What is done when an answer's body has ended.
 #[derive(Debug)]
@@ -85,10 +89,13 @@ pub(crate) fn forward(
 ) -> Response<ResponseBody> {
     let (mut head, body) = answer.response.into_parts();
     record.answered(head.status, None);
-    nominated(&head.headers).iter().for_each(|name| drop(head.headers.remove(name)));
-    for name in &NOT_FOR_CLIENTS {
-        head.headers.remove(name);
+    // Most answers have none of them, and looking at the few names there are is cheaper than asking for each.
+    let mut withheld: SmallVec<[HeaderName; 4]> =
+        head.headers.keys().filter(|name| is_withheld(name)).cloned().collect();
+    if withheld.contains(&CONNECTION) {
+        withheld.extend(nominated(&head.headers));
     }
+    withheld.iter().for_each(|name| drop(head.headers.remove(name)));
     head.headers.insert(REGION, snapshot.regions[answer.region.get()].header.clone());
     decorate(&mut head.headers, &record);
     let finish = Finish::new(core, record, Some((answer.in_flight, answer.lease, grpc)));
@@ -172,16 +179,24 @@ fn decorate(headers: &mut HeaderMap, record: &Record) {
     headers.insert(CACHE_STATUS, HeaderValue::from_static("isochrone; fwd=bypass"));
     let answered = record.answered.unwrap_or(record.started);
     let mut timing = String::with_capacity(32);
-    let _ = write!(timing, "total;dur={}", milliseconds(answered - record.started));
+    timing.push_str("total;dur=");
+    let microseconds = u64::try_from((answered - record.started).as_micros()).unwrap_or(u64::MAX);
+    text::push_milliseconds(&mut timing, microseconds);
     insert(headers, SERVER_TIMING, timing);
     if record.attempts > 0 {
-        headers.insert(ATTEMPTS, HeaderValue::from(u16::from(record.attempts)));
+        headers.insert(
+            ATTEMPTS,
+            match record.attempts {
+                1 => HeaderValue::from_static("1"),
+                attempts => HeaderValue::from(u16::from(attempts)),
+            },
+        );
         insert(headers, REASON, record.decision.reason.clone());
     }
 }
 
 fn insert(headers: &mut HeaderMap, name: HeaderName, value: String) {
-    if let Ok(value) = HeaderValue::from_maybe_shared(Bytes::from(value)) {
+    if let Some(value) = text::header(value) {
         headers.insert(name, value);
     }
 }

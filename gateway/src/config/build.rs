@@ -413,7 +413,10 @@ impl Builder<'_> {
         }
         let authorities = endpoint.tls.as_ref().map(|tls| {
             let path = self.beside(document, &tls.ca);
-            tls::authorities(&path).map_err(|message| self.say(document, &["endpoints", at, "tls", "ca"], message))
+            let found = tls::authorities(&path);
+            found
+                .inspect(|(_, digest)| self.digest.update(digest))
+                .map_err(|message| self.say(document, &["endpoints", at, "tls", "ca"], message))
         });
         let mut target = |kind: &str, url: &Option<String>, http2_only: bool| {
             let url = url.as_ref()?;

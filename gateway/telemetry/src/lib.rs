@@ -11,6 +11,8 @@ use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_otlp::{SpanExporter, WithExportConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::{BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracerProvider};
+use tracing::Metadata;
+use tracing_subscriber::filter::{FilterExt, FilterFn, LevelFilter};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry};
@@ -61,6 +63,9 @@ pub fn start(settings: &Settings<'_>, log: log::Log) -> Result<Guard, String> {
         // For the spans that are made after the fact (`trace::child`).
         opentelemetry::global::set_tracer_provider(provider.clone());
     }
+    // Both filters state their most verbose level: without that, every span and event of every library below is made and
+    // then thrown away, which costs more than the requests themselves.
+    let ours = FilterFn::new(|metadata: &Metadata<'_>| metadata.is_span() && metadata.target() == SPANS);
     let spans = provider.as_ref().map(|provider| {
         tracing_opentelemetry::layer()
             .with_tracer(provider.tracer("isochrone"))
@@ -68,18 +73,19 @@ pub fn start(settings: &Settings<'_>, log: log::Log) -> Result<Guard, String> {
             .with_threads(false)
             .with_target(false)
             .with_tracked_inactivity(false)
-            .with_filter(tracing_subscriber::filter::filter_fn(|metadata| metadata.target() == SPANS))
+            .with_filter(ours.with_max_level_hint(LevelFilter::INFO))
     });
+    let levels = EnvFilter::try_from_env("ISOCHRONE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let level = levels.max_level_hint().unwrap_or(LevelFilter::TRACE);
     let events = tracing_subscriber::fmt::layer()
         .json()
         .flatten_event(true)
         .with_current_span(false)
         .with_span_list(false)
         .with_writer(log)
-        .with_filter(EnvFilter::try_from_env("ISOCHRONE_LOG").unwrap_or_else(|_| EnvFilter::new("info")))
-        .with_filter(tracing_subscriber::filter::filter_fn(|metadata| {
-            metadata.is_event() && metadata.target() != SPANS
-        }));
+        .with_filter(
+            levels.and(FilterFn::new(|metadata: &Metadata<'_>| metadata.is_event()).with_max_level_hint(level)),
+        );
     Registry::default().with(spans).with(events).try_init().map_err(|error| error.to_string())?;
     Ok(Guard { provider })
 }
