@@ -118,9 +118,38 @@ fn tracer_provider(settings: &Settings<'_>, endpoint: &str) -> Result<SdkTracerP
 
 /// The time of day as RFC 3339 in UTC with milliseconds, as every log line has it.
 pub fn timestamp(at: SystemTime) -> String {
-    const FORMAT: &[time::format_description::BorrowedFormatItem<'_>] = time::macros::format_description!(
-        version = 2,
-        "[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:3]Z"
-    );
-    time::OffsetDateTime::from(at).format(FORMAT).unwrap_or_default()
+    let at = time::OffsetDateTime::from(at);
+    let mut text = String::with_capacity(24);
+    // Digit by digit: the general formatter takes longer than the rest of an access line.
+    let mut push = |number: u32, digits: u32, after: &str| {
+        let digit = |place: u32| char::from_digit(number / 10_u32.pow(place) % 10, 10);
+        text.extend((0..digits).rev().filter_map(digit));
+        text.push_str(after);
+    };
+    push(at.year().unsigned_abs(), 4, "-");
+    push(u32::from(u8::from(at.month())), 2, "-");
+    push(u32::from(at.day()), 2, "T");
+    push(u32::from(at.hour()), 2, ":");
+    push(u32::from(at.minute()), 2, ":");
+    push(u32::from(at.second()), 2, ".");
+    push(u32::from(at.millisecond()), 3, "Z");
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timestamps_are_rfc_3339() {
+        for (seconds, ms, expected) in [
+            (0, 0, "1970-01-01T00:00:00.000Z"),
+            (951_782_399, 7, "2000-02-28T23:59:59.007Z"),
+            (951_782_400, 70, "2000-02-29T00:00:00.070Z"),
+            (4_102_444_799, 999, "2099-12-31T23:59:59.999Z"),
+        ] {
+            let at = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds) + Duration::from_millis(ms);
+            assert_eq!(timestamp(at), expected);
+        }
+    }
 }
