@@ -2,6 +2,8 @@
 
 mod head;
 
+mod stall;
+
 use std::sync::Arc;
 
 use http::Response;
@@ -25,9 +27,8 @@ use crate::error::Error;
 use crate::event::{Decision, Record};
 use crate::pick::pick;
 use crate::policy::{self, Ask};
-use crate::probe::REGION;
 use crate::snapshot::Snapshot;
-use crate::upstream::{self, Lease, Outgoing, SendError};
+use crate::upstream::{self, Lease, Outgoing, REGION, SendError};
 
 /// The most connections that one request may break before it is taken to be the cause.
 const DEATHS_MAX: usize = 2;
@@ -101,7 +102,7 @@ pub(crate) async fn run(core: &Core, mut request: Attempted<'_>, record: &mut Re
         }
 
         let span = record.attempt_begins(snapshot, &choice, endpoint);
-        let result = attempt(core, &mut request, endpoint, &choice, &span).instrument(span.clone()).await;
+        let result = attempt(core, &mut request, endpoint, &choice, replayable, &span).instrument(span.clone()).await;
         let outcome = outcome(&result, &request);
         record.attempt_ended(&span, endpoint, outcome, result.as_ref().err());
         let verdict = outcome.verdict();
@@ -122,7 +123,8 @@ pub(crate) async fn run(core: &Core, mut request: Attempted<'_>, record: &mut Re
             // Another may do better; if none does, the client gets this one.
             Ok(answer) => held = Some((answer, record.decision.clone())),
             Err(Failure::Send(SendError::Connect { .. } | SendError::Refused(_))) => {}
-            Err(Failure::Send(SendError::Reset(_))) => {
+            // What hung may have died of this request.
+            Err(Failure::Send(SendError::Reset(_)) | Failure::Hung) => {
                 deaths += 1;
                 failure = if deaths < DEATHS_MAX { Error::Broken } else { Error::Poisonous };
             }
@@ -159,6 +161,8 @@ impl Drop for Trial<'_> {
 #[derive(Debug)]
 pub(crate) enum Failure {
     Send(SendError),
+    /// It was silent, and did not say that it lives.
+    Hung,
     Deadline,
 }
 
@@ -168,6 +172,7 @@ async fn attempt(
     request: &mut Attempted<'_>,
     endpoint: &Arc<Endpoint>,
     choice: &Choice,
+    replayable: bool,
     span: &Span,
 ) -> Result<Answer, Failure> {
     let in_flight = InFlight::new(endpoint);
@@ -178,15 +183,17 @@ async fn attempt(
     let outgoing = Outgoing { method: &request.head.method, uri: &request.head.uri, headers, grpc };
     let connect_timeout = request.snapshot.config.attempts.connect_timeout;
     let body = request.body.for_attempt();
-    let sent = upstream::send(target, &pools[core.index], outgoing, body, connect_timeout, core.now());
-    match tokio::time::timeout_at(request.deadline, sent).await {
-        Err(_) => Err(Failure::Deadline),
-        Ok(Err(SendError::Connect { why, unsent })) => {
+    let sent = upstream::send(endpoint, (target, &pools[core.index]), outgoing, body, connect_timeout, core.now());
+    // Only what can go elsewhere is watched, and only who can be asked.
+    let watchable = replayable && endpoint.config.http.is_some();
+    let rules = watchable.then_some(request.snapshot.config.stall);
+    match stall::watched(core, endpoint, rules, request.deadline, sent).await? {
+        Err(SendError::Connect { why, unsent }) => {
             request.body.put_back(unsent);
             Err(Failure::Send(SendError::Connect { why, unsent: None }))
         }
-        Ok(Err(error)) => Err(Failure::Send(error)),
-        Ok(Ok((response, lease))) => {
+        Err(error) => Err(Failure::Send(error)),
+        Ok((response, lease)) => {
             if response.headers().get(REGION).is_some_and(|named| named.as_bytes() != endpoint.config.region.as_bytes())
             {
                 endpoint.doubt();
@@ -203,6 +210,7 @@ fn outcome(result: &Result<Answer, Failure>, request: &Attempted<'_>) -> Outcome
         Err(Failure::Send(SendError::Reset(_))) => Outcome::Reset,
         Err(Failure::Send(SendError::Refused(_))) => Outcome::Refused,
         Err(Failure::Send(SendError::ClientBody)) => Outcome::ClientBody,
+        Err(Failure::Hung) => Outcome::Hung,
         Err(Failure::Deadline) if request.own_deadline && request.body.is_whole() => Outcome::TimedOut,
         Err(Failure::Deadline) => Outcome::ClientTimedOut,
     }

@@ -20,7 +20,7 @@ use ipnet::IpNet;
 use isochrone_core::geo::{Country, Location};
 use isochrone_core::region::Region;
 use isochrone_core::residency::Residency;
-use isochrone_core::{health, outlier, steer};
+use isochrone_core::{health, outlier, stall, steer};
 
 pub use build::load;
 pub use document::Problem;
@@ -56,6 +56,8 @@ pub struct Config {
     pub probes: Probes,
     /// Passive health.
     pub outlier: outlier::Rules,
+    /// When a silent endpoint is doubted.
+    pub stall: stall::Rules,
     /// How a request is tried.
     pub attempts: Attempts,
     /// Bounds.

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
 
 use isochrone_core::Time;
 use isochrone_core::budget::Budget;
@@ -16,8 +17,9 @@ use isochrone_core::pick::Availability;
 use isochrone_core::retry::Mark;
 use parking_lot::Mutex;
 
+use crate::app::Core;
 use crate::config::{Config, EndpointConfig, Target};
-use crate::upstream::Pool;
+use crate::upstream::{self, Pool};
 
 /// One endpoint.
 #[derive(Debug)]
@@ -40,8 +42,17 @@ pub(crate) struct Endpoint {
     /// No request before this time (`Time`'s number); zero while admitting.
     ejected_until: AtomicU64,
     in_flight: AtomicUsize,
+    /// Held while it is asked, across an await: only requests that wait in silence ever want it.
+    pulse: tokio::sync::Mutex<Pulse>,
     /// The round trip as published to steering, in microseconds plus one; zero before the first.
     round_trip_us: AtomicU32,
+}
+
+/// The last answer to [`Endpoint::is_alive`].
+#[derive(Debug, Default)]
+struct Pulse {
+    asked: Time,
+    alive: bool,
 }
 
 #[derive(Debug, Default)]
@@ -91,6 +102,7 @@ impl Endpoint {
             marked: AtomicBool::new(false),
             ejected_until: AtomicU64::new(0),
             in_flight: AtomicUsize::new(0),
+            pulse: tokio::sync::Mutex::default(),
             round_trip_us: AtomicU32::new(0),
         }
     }
@@ -133,7 +145,7 @@ impl Endpoint {
     }
 
     /// Takes in how a request went. Returns the length of an ejection that this led to.
-    pub(crate) fn judge(&self, mark: Mark, now: Time, config: &Config) -> Option<std::time::Duration> {
+    pub(crate) fn judge(&self, mark: Mark, now: Time, config: &Config) -> Option<Duration> {
         match mark {
             Mark::None => {
                 self.release_trial(now);
@@ -148,9 +160,12 @@ impl Endpoint {
                 }
                 None
             }
-            Mark::Failure => {
+            Mark::Failure | Mark::Dead => {
                 let mut outlier = self.outlier.lock();
-                let ejected = outlier.failure(now, &config.outlier);
+                let ejected = match mark {
+                    Mark::Dead => outlier.condemn(now, &config.outlier),
+                    _ => outlier.failure(now, &config.outlier),
+                };
                 self.publish(&outlier);
                 ejected
             }
@@ -227,6 +242,19 @@ impl Endpoint {
         if self.config.assert_region {
             self.asserted.store(false, Relaxed);
         }
+    }
+
+    /// Whether it answers anything at all, asked now. One request asks at a time, and the others that are pending here wait
+    /// for its answer: a hung endpoint with a thousand of them is asked once.
+    pub(crate) async fn is_alive(&self, core: &Core, wait: Duration) -> bool {
+        let since = core.now();
+        let mut pulse = self.pulse.lock().await;
+        if pulse.asked < since {
+            let asked = core.now();
+            let alive = matches!(tokio::time::timeout(wait, upstream::probe(self)).await, Ok(Ok(_)));
+            *pulse = Pulse { asked, alive };
+        }
+        pulse.alive
     }
 
     /// Whether a probe has ended, either way.

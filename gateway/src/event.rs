@@ -233,6 +233,7 @@ impl Record {
         if let Some(failure) = failure {
             let why = match failure {
                 Failure::Send(error) => error.to_string(),
+                Failure::Hung => "silent, and no answer to a question about its health".to_owned(),
                 Failure::Deadline => "no answer within the deadline".to_owned(),
             };
             span.record("otel.status_code", "ERROR");

@@ -34,8 +34,8 @@ struct RegionCounts {
     durations: Histogram,
 }
 
-const OUTCOMES: [&str; 8] =
-    ["ok", "unavailable", "server_error", "connect_failed", "refused", "reset", "timed_out", "client_body"];
+const OUTCOMES: [&str; 9] =
+    ["ok", "unavailable", "server_error", "connect_failed", "refused", "reset", "hung", "timed_out", "client_body"];
 
 #[derive(Debug, Default)]
 struct Histogram {

@@ -3,20 +3,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use http::{HeaderName, StatusCode};
+use http::StatusCode;
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::app::Shared;
 use crate::config;
 use crate::endpoint::{Change, Endpoint, ProbeResult};
-use crate::upstream::{self, ProbeError};
-
-/// What every worker answers (Open Inference Protocol v2, "server ready").
-const PATH: &str = "/v2/health/ready";
-
-/// The header in which a worker names its region, on every answer.
-pub(crate) const REGION: HeaderName = HeaderName::from_static("isochrone-region");
+use crate::upstream::{self, ProbeError, REGION};
 
 /// The running probes, by endpoint. Dropping one's guard ends it.
 pub(crate) struct Probes {
@@ -69,7 +63,7 @@ async fn probe(shared: Arc<Shared>, endpoint: Arc<Endpoint>) {
 }
 
 async fn ask(endpoint: &Endpoint) -> ProbeResult {
-    match upstream::probe(endpoint, PATH).await {
+    match upstream::probe(endpoint).await {
         Ok((head, took)) => ProbeResult::Answered {
             region: head.headers.get(REGION).and_then(|name| name.to_str().ok()).map(str::to_owned),
             ready: if head.status == StatusCode::OK { Ok(()) } else { Err(format!("it answers {}", head.status)) },

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{HOST, TE};
-use http::{HeaderValue, Method, Request, Response, Uri, Version};
+use http::{HeaderName, HeaderValue, Method, Request, Response, Uri, Version};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
@@ -22,6 +22,12 @@ const IDLE_MAX: usize = 256;
 
 /// The longest that a connection stays idle. Shorter than servers wait, so that they rarely close one under a request.
 const IDLE_FOR: Duration = Duration::from_secs(20);
+
+/// What every worker answers (Open Inference Protocol v2, "server ready").
+const READY: &str = "/v2/health/ready";
+
+/// The header in which a worker names its region, on every answer.
+pub(crate) const REGION: HeaderName = HeaderName::from_static("isochrone-region");
 
 /// The longest wait for a pooled connection to be ready.
 const READY_WAIT: Duration = Duration::from_millis(10);
@@ -95,13 +101,13 @@ pub(crate) struct Outgoing<'a> {
     pub(crate) grpc: bool,
 }
 
-/// Sends one request over a pool's connection and waits for the response's head.
+/// Sends one request to an endpoint over a connection of this core and waits for the response's head.
 ///
 /// # Errors
 /// See [`SendError`]. A pooled connection that turns out to be closed before anything was sent is replaced, silently.
 pub(crate) async fn send(
-    target: &Target,
-    pool: &Pool,
+    endpoint: &Endpoint,
+    (target, pool): (&Target, &Pool),
     outgoing: Outgoing<'_>,
     body: RequestBody,
     connect_timeout: Duration,
@@ -114,7 +120,7 @@ pub(crate) async fn send(
     loop {
         let connection = match pool.take(now).await {
             Some(connection) => connection,
-            None => match pool.open(target, connect_timeout).await {
+            None => match pool.open(endpoint, target, outgoing.grpc, connect_timeout).await {
                 Ok(connection) => connection,
                 Err(why) => return Err(SendError::Connect { why, unsent: Some(Box::new(request.into_body())) }),
             },
@@ -209,13 +215,34 @@ impl Pool {
         }
     }
 
-    async fn open(&self, target: &Target, timeout: Duration) -> Result<Connection, String> {
-        // Boxed: it is large and rare, and would make every request's future as large.
-        let opened = tokio::time::timeout(timeout, Box::pin(connect::connect(target)))
-            .await
-            .unwrap_or_else(|_| Err(format!("not within {timeout:?}")))?;
+    /// Opens a connection, on which the other side names its region before anything of a request is sent: whoever took over
+    /// an address since its last probe gets nothing, not even once.
+    async fn open(
+        &self,
+        endpoint: &Endpoint,
+        target: &Target,
+        grpc: bool,
+        timeout: Duration,
+    ) -> Result<Connection, String> {
+        let late = |_| format!("not within {timeout:?}");
+        // Boxed: they are large and rare, and would make every request's future as large.
+        let opening = Box::pin(connect::connect(target));
+        let mut opened = tokio::time::timeout(timeout, opening).await.map_err(late)??;
+        // A gRPC address has no such path; there the endpoint's HTTP probe has to do.
+        if endpoint.config.assert_region && !grpc {
+            let asking = Box::pin(ask(&mut opened, target, READY));
+            let head = tokio::time::timeout(timeout, asking).await.map_err(late)??;
+            if head.headers.get(REGION).is_none_or(|named| named.as_bytes() != endpoint.config.region.as_bytes()) {
+                endpoint.doubt();
+                return Err("it does not name its file's region".into());
+            }
+        }
         Ok(match opened {
-            connect::Opened::Http1(sender) => Connection::Http1 { sender, reused: false },
+            connect::Opened::Http1(mut sender) => {
+                let ready = tokio::time::timeout(timeout, sender.ready()).await.map_err(late)?;
+                ready.map_err(|error| format!("it closes the connection on which it named its region: {error}"))?;
+                Connection::Http1 { sender, reused: false }
+            }
             connect::Opened::Http2(sender) => {
                 // Of several opened at once the last is kept; the others end with their requests.
                 self.connections.lock().http2 = Some(sender.clone());
@@ -237,34 +264,40 @@ pub(crate) enum ProbeError {
     Answer(String),
 }
 
-/// Asks an endpoint for a path over a connection of its own, so that a probe measures the network and not a queue of
-/// requests. Gives the head of the answer and how long it took on the open connection.
+/// Asks an endpoint whether it is ready over a connection of its own, so that a probe measures the network and not a queue
+/// of requests. Gives the head of the answer and how long it took on the open connection.
 ///
 /// # Errors
 /// See [`ProbeError`].
-pub(crate) async fn probe(
-    endpoint: &Endpoint,
-    path: &'static str,
-) -> Result<(http::response::Parts, Duration), ProbeError> {
-    let answer = |error: &dyn std::fmt::Display| ProbeError::Answer(format!("no whole answer: {error}"));
+pub(crate) async fn probe(endpoint: &Endpoint) -> Result<(http::response::Parts, Duration), ProbeError> {
     let target = endpoint.config.http.as_ref().ok_or_else(|| ProbeError::Connect("it has no HTTP address".into()))?;
-    let opened = Box::pin(connect::connect(target)).await.map_err(ProbeError::Connect)?;
-    let mut request = Request::new(RequestBody::empty());
+    let mut opened = Box::pin(connect::connect(target)).await.map_err(ProbeError::Connect)?;
     let began = std::time::Instant::now();
+    let head = ask(&mut opened, target, READY).await.map_err(ProbeError::Answer)?;
+    Ok((head, began.elapsed()))
+}
+
+/// Asks for a path on an open connection, which can be used again afterwards if the other side lets it.
+async fn ask(
+    opened: &mut connect::Opened,
+    target: &Target,
+    path: &'static str,
+) -> Result<http::response::Parts, String> {
+    let no_answer = |error: &dyn std::fmt::Display| format!("no whole answer: {error}");
+    let mut request = Request::new(RequestBody::empty());
     let response = match opened {
-        connect::Opened::Http1(mut sender) => {
+        connect::Opened::Http1(sender) => {
             *request.uri_mut() = Uri::from_static(path);
             request.headers_mut().insert(HOST, target.authority.clone());
             sender.send_request(request).await
         }
-        connect::Opened::Http2(mut sender) => {
-            *request.uri_mut() = target.uri(path).map_err(|error| answer(&error))?;
+        connect::Opened::Http2(sender) => {
+            *request.uri_mut() = target.uri(path).map_err(|error| no_answer(&error))?;
             sender.send_request(request).await
         }
     };
-    let (head, body) = response.map_err(|error| answer(&error))?.into_parts();
-    let took = began.elapsed();
+    let (head, body) = response.map_err(|error| no_answer(&error))?.into_parts();
     let body = http_body_util::Limited::new(body, PROBE_BODY_MAX).collect();
-    body.await.map(http_body_util::Collected::<Bytes>::to_bytes).map_err(|error| answer(&error))?;
-    Ok((head, took))
+    body.await.map(http_body_util::Collected::<Bytes>::to_bytes).map_err(|error| no_answer(&error))?;
+    Ok(head)
 }

@@ -8,7 +8,7 @@
 //! [`residency`] turns the rules into a [`Permitted`](residency::Permitted) set of regions, and is the only code that can;
 //! [`steer`] gives each of those a score in milliseconds;
 //! [`pick`] takes the best region that has an endpoint able to answer, and one endpoint of it by power of two choices;
-//! [`outlier`] and [`health`] say which endpoints those are; [`retry`] and [`budget`] say whether to try again.
+//! [`outlier`] and [`health`] say which endpoints those are; [`stall`] says when to doubt that an answer will come; [`retry`] and [`budget`] say whether to try again.
 
 pub mod geo;
 
@@ -29,6 +29,8 @@ pub mod pick;
 pub mod budget;
 
 pub mod retry;
+
+pub mod stall;
 
 use std::time::Duration;
 

@@ -81,6 +81,15 @@ impl Outlier {
         }
     }
 
+    /// The endpoint is known to be dead: it is ejected without waiting for more failures. Returns the length of the ejection
+    /// if this began it.
+    pub fn condemn(&mut self, now: Time, rules: &Rules) -> Option<Duration> {
+        match self.state {
+            State::Ejected { until } if now < until => None,
+            _ => Some(self.eject(now, rules)),
+        }
+    }
+
     /// Asks to send one trial request. True at most once an ejection.
     pub fn try_trial(&mut self, now: Time, rules: &Rules) -> bool {
         match self.state {
@@ -169,6 +178,16 @@ mod tests {
             let _ = outlier.failure(seconds(0), &RULES);
         });
         assert_eq!(outlier.state(), ejected(1));
+    }
+
+    #[test]
+    fn the_condemned_are_out_at_once_and_once() {
+        let mut outlier = Outlier::default();
+        assert_eq!(outlier.condemn(seconds(0), &RULES), Some(Duration::from_secs(1)));
+        assert_eq!(outlier.condemn(seconds(0), &RULES), None, "the others that were pending there");
+        assert!(!outlier.try_trial(seconds(0), &RULES));
+        assert!(outlier.try_trial(seconds(1), &RULES));
+        assert_eq!(outlier.condemn(seconds(1), &RULES), Some(Duration::from_secs(2)));
     }
 
     #[test]

@@ -11,6 +11,8 @@ pub enum Outcome {
     Refused,
     /// The connection broke after something of the request may have been sent.
     Reset,
+    /// The endpoint was silent, and did not answer a question about its health either.
+    Hung,
     /// The endpoint answered nothing until the gateway's own deadline.
     TimedOut,
     /// Nor until one that the client chose, or while the client was still sending: that says nothing about the endpoint.
@@ -47,6 +49,8 @@ pub enum Mark {
     Success,
     /// It counts towards ejection.
     Failure,
+    /// It is to be ejected at once: whatever else is sent there waits in vain.
+    Dead,
     /// It says nothing: an overloaded endpoint is steered around, not ejected, and a client's fault is the client's.
     None,
 }
@@ -66,6 +70,7 @@ impl Outcome {
             Outcome::ConnectFailed => (Retry::Any, Mark::Failure),
             Outcome::Refused => (Retry::Any, Mark::None),
             Outcome::Reset => (Retry::Replayable, Mark::Failure),
+            Outcome::Hung => (Retry::Replayable, Mark::Dead),
             Outcome::TimedOut => (Retry::No, Mark::Failure),
             Outcome::ClientTimedOut | Outcome::ClientBody => (Retry::No, Mark::None),
         };
@@ -81,6 +86,7 @@ impl Outcome {
             Outcome::ConnectFailed => "connect_failed",
             Outcome::Refused => "refused",
             Outcome::Reset => "reset",
+            Outcome::Hung => "hung",
             Outcome::TimedOut | Outcome::ClientTimedOut => "timed_out",
             Outcome::ClientBody => "client_body",
         }
@@ -97,6 +103,7 @@ mod tests {
             Outcome::ConnectFailed,
             Outcome::Refused,
             Outcome::Reset,
+            Outcome::Hung,
             Outcome::TimedOut,
             Outcome::ClientBody,
         ]);

@@ -10,7 +10,7 @@ use std::time::Duration;
 use isochrone_core::geo::{Country, Location, Point, Source};
 use isochrone_core::region::{REGIONS_MAX, Region};
 use isochrone_core::residency::Residency;
-use isochrone_core::{health, outlier, steer};
+use isochrone_core::{health, outlier, stall, steer};
 use sha2::{Digest, Sha256};
 use toml::de::{DeTable, DeValue};
 
@@ -102,6 +102,11 @@ impl Builder<'_> {
                 ejection: gateway.outlier.ejection.0,
                 ejection_max: gateway.outlier.ejection_max.0,
             },
+            stall: stall::Rules {
+                silence: gateway.stall.silence.0,
+                answer: gateway.stall.answer.0,
+                again: gateway.stall.again.0,
+            },
             attempts: Attempts {
                 max: gateway.attempts.max,
                 budget_share: gateway.attempts.budget_share,
@@ -164,7 +169,7 @@ impl Builder<'_> {
         let otlp = gateway.telemetry.otlp.as_ref().is_none_or(|url| {
             url.parse::<http::Uri>().is_ok_and(|url| url.host().is_some() && url.scheme_str() == Some("http"))
         });
-        let checks: [(bool, &[&str], &str); 21] = [
+        let checks: [(bool, &[&str], &str); 24] = [
             (gateway.gateway.cores <= 1024, &["gateway", "cores"], "at most 1024"),
             (
                 !gateway.listeners.is_empty(),
@@ -195,6 +200,9 @@ impl Builder<'_> {
             (positive(&gateway.limits.header_timeout), &["limits", "header_timeout"], "longer than zero"),
             (positive(&gateway.limits.body_timeout), &["limits", "body_timeout"], "longer than zero"),
             (positive(&gateway.limits.answer_silence), &["limits", "answer_silence"], "longer than zero"),
+            (positive(&gateway.stall.silence), &["stall", "silence"], "longer than zero"),
+            (positive(&gateway.stall.answer), &["stall", "answer"], "longer than zero"),
+            (positive(&gateway.stall.again), &["stall", "again"], "longer than zero"),
             (positive(&gateway.outlier.ejection), &["outlier", "ejection"], "longer than zero"),
             (otlp, &["telemetry", "otlp"], "an OTLP endpoint is http://HOST:PORT"),
             (gateway.limits.streams >= 1 && gateway.limits.in_flight >= 1, &["limits"], "limits are at least 1"),

@@ -23,6 +23,7 @@ pub(super) struct Gateway {
     pub(super) country_rules: Vec<CountryRule>,
     pub(super) probes: Probes,
     pub(super) outlier: Outlier,
+    pub(super) stall: Stall,
     pub(super) attempts: Attempts,
     pub(super) limits: Limits,
     pub(super) shutdown: Shutdown,
@@ -125,6 +126,14 @@ pub(super) struct Outlier {
     pub(super) consecutive_failures: u32,
     pub(super) ejection: Length,
     pub(super) ejection_max: Length,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Stall {
+    pub(super) silence: Length,
+    pub(super) answer: Length,
+    pub(super) again: Length,
 }
 
 #[derive(Debug, Deserialize)]

@@ -94,10 +94,12 @@ async fn a_worker_killed_in_the_middle_of_a_request_costs_the_client_nothing() {
     let destination = world.destination(false);
     let asking = tokio::spawn(async move { destination.connect().await.expect("connects").send(ask.request()).await });
     world
-        .until("the request is with the worker", async |world| {
-            let regions = world.regions().await?;
-            let eu = regions.as_array()?.iter().find(|region| region["region"] == "eu-west")?.clone();
-            (eu["endpoints"][0]["in_flight"] == 1).then_some(())
+        .until("the worker computes it", async |world| {
+            let metrics = world.worker_metrics("eu-west").await?;
+            metrics
+                .lines()
+                .any(|line| line.starts_with("isochrone_backend_waiting{") && line.ends_with(" 1"))
+                .then_some(())
         })
         .await;
     world.workers.get_mut("eu-west").expect("started").kill();
@@ -144,4 +146,49 @@ async fn a_deadline_is_kept() {
     let answer = world.ask(ask).await;
     assert_eq!(answer.status, StatusCode::GATEWAY_TIMEOUT);
     assert!(since.elapsed() < Duration::from_secs(3), "{:?}", since.elapsed());
+}
+
+/// A worker that hangs, rather than dies, costs its clients a fraction of a second; one that is only busy keeps its work.
+#[tokio::test]
+async fn a_hung_worker_is_left_within_a_fraction_of_a_second() {
+    let world = World::start("hang", Plan::default()).await;
+    let mut connection = world.connect().await;
+    assert_eq!(
+        connection.send(Ask::from(GERMANY).request()).await.expect("an answer").header("isochrone-region"),
+        "eu-west"
+    );
+    world.workers["eu-west"].signal("STOP");
+    let since = Instant::now();
+    let (mut waited, mut longest) = (0, Duration::ZERO);
+    while since.elapsed() < Duration::from_secs(5) {
+        let asked = Instant::now();
+        let answer = connection.send(Ask::from(GERMANY).request()).await.expect("an answer");
+        assert_eq!((answer.status, answer.header("isochrone-region")), (StatusCode::OK, "us-east"));
+        // The machine is shared with other tests: what counts are the requests that the hung worker held up.
+        if answer.header("isochrone-reason").contains("after eu-west") {
+            waited += 1;
+            longest = longest.max(asked.elapsed());
+        }
+    }
+    assert!((1..=10).contains(&waited), "{waited} requests were held up");
+    assert!(longest < Duration::from_secs(2), "the longest wait was {longest:?}");
+    world.workers["eu-west"].signal("CONT");
+    world
+        .until("traffic returns", async |world| {
+            (world.ask(Ask::from(GERMANY)).await.header("isochrone-region") == "eu-west").then_some(())
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_busy_worker_is_not_taken_for_a_hung_one() {
+    let world = World::start("busy", Plan::minilm()).await;
+    let text = "a long text about nothing in particular ".repeat(20);
+    let texts: Vec<&str> = (0..150).map(|_| text.as_str()).collect();
+    let ask = Ask { path: "/v1/embeddings", body: embeddings_body(&texts), ..Ask::default() };
+    let since = Instant::now();
+    let answer = world.ask(ask).await;
+    assert!(since.elapsed() > Duration::from_millis(500), "not busy for long enough to tell: {:?}", since.elapsed());
+    assert_eq!(answer.status, StatusCode::OK);
+    assert_eq!((answer.header("isochrone-region"), answer.header("isochrone-attempts")), ("eu-west", "1"));
 }

@@ -63,8 +63,12 @@ async fn an_invalid_directory_changes_nothing_and_says_where_and_why() {
     assert_eq!(world.admin_text("/readyz").await.as_deref(), Some(&b"ready\n"[..]));
     let metrics = String::from_utf8(world.admin_text("/metrics").await.expect("metrics").to_vec()).expect("text");
     assert!(metrics.contains("isochrone_config_rejected 1\n"), "{metrics}");
-    let log = world.gateway.as_ref().expect("started").log();
-    assert!(log.contains("configuration rejected") && log.contains("did you mean"), "{log}");
+    world
+        .until("the log says it too", async |world| {
+            let log = world.gateway.as_ref()?.log();
+            (log.contains("configuration rejected") && log.contains("did you mean")).then_some(())
+        })
+        .await;
     // Half a file, as a copy in progress leaves it, is rejected as well; the whole one is taken.
     std::fs::write(world.region_file("eu-west"), &good[..good.len() / 2]).expect("written");
     std::fs::write(world.region_file("eu-west"), &good).expect("written");

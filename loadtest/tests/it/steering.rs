@@ -1,8 +1,14 @@
 //! Who is served where, and who is believed about where that is.
 
-use http::StatusCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use http::{HeaderValue, Request, Response, StatusCode};
+use hyper::body::Incoming;
 use serde_json::Value;
 
+use crate::stub;
 use crate::world::{Ask, BRAZIL, GERMANY, JAPAN, Plan, World};
 
 #[tokio::test]
@@ -102,4 +108,40 @@ async fn a_worker_that_names_another_region_gets_nothing() {
             (answer.status == StatusCode::OK).then_some(())
         })
         .await;
+}
+
+/// A worker dies, and at once somebody else answers at its address: another region's server, or one that says nothing of
+/// regions. Not one request of the walled tenant may reach it.
+#[tokio::test]
+async fn a_stranger_at_a_known_address_gets_nothing() {
+    for named in [Some("us-east"), None] {
+        let mut world = World::start("stranger", Plan::default()).await;
+        let walled = || Ask { tenant: "demo-eu", ..Ask::default() };
+        assert_eq!(world.ask(walled()).await.status, StatusCode::OK);
+        let port = world.worker_ports["eu-west"];
+        let seen = Arc::new(AtomicUsize::new(0));
+        world.workers.get_mut("eu-west").expect("started").kill();
+        let counted = Arc::clone(&seen);
+        stub::serve_at(port, move |request: Request<Incoming>| {
+            if !request.uri().path().starts_with("/v2/health") {
+                counted.fetch_add(1, Relaxed);
+            }
+            let mut response = Response::new(stub::full("{}"));
+            if let Some(named) = named {
+                response.headers_mut().insert("isochrone-region", HeaderValue::from_static(named));
+            }
+            async { response }
+        })
+        .await;
+        // Over several probe intervals, without a pause: before the first probe, and after many.
+        let since = Instant::now();
+        let mut refused = 0;
+        while since.elapsed() < Duration::from_secs(4) {
+            let answer = world.ask(walled()).await;
+            assert_eq!((answer.status.as_u16(), answer.header("retry-after")), (503, "1"));
+            refused += 1;
+        }
+        assert!(refused > 100, "{refused}");
+        assert_eq!(seen.load(Relaxed), 0, "requests reached the stranger");
+    }
 }

@@ -15,6 +15,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 
 pub type Body = BoxBody<Bytes, Infallible>;
@@ -30,8 +31,26 @@ where
     F: Fn(Request<Incoming>) -> R + Clone + Send + Sync + 'static,
     R: Future<Output = Response<Body>> + Send + 'static,
 {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let port = listener.local_addr().expect("an address").port();
+    serve_on(listener, tls, handle);
+    port
+}
+
+/// Serves on a port that another process has just left.
+pub async fn serve_at<F, R>(port: u16, handle: F)
+where
+    F: Fn(Request<Incoming>) -> R + Clone + Send + Sync + 'static,
+    R: Future<Output = Response<Body>> + Send + 'static,
+{
+    serve_on(TcpListener::bind(("127.0.0.1", port)).await.expect("the port"), None, handle);
+}
+
+fn serve_on<F, R>(listener: TcpListener, tls: Option<&Path>, handle: F)
+where
+    F: Fn(Request<Incoming>) -> R + Clone + Send + Sync + 'static,
+    R: Future<Output = Response<Body>> + Send + 'static,
+{
     let acceptor = tls.map(|folder| {
         let chain = vec![CertificateDer::from_pem_file(folder.join("cert.pem")).expect("a certificate")];
         let key = PrivateKeyDer::from_pem_file(folder.join("key.pem")).expect("a key");
@@ -61,7 +80,6 @@ where
             });
         }
     });
-    port
 }
 
 /// An endpoint table for a server that names no region.

@@ -347,9 +347,12 @@ residency = {{ require = ["eu"] }}
     }
 
     pub async fn admin_text(&self, path: &str) -> Option<Bytes> {
-        let destination = Destination::new(&format!("http://127.0.0.1:{}", self.admin), None, false).expect("a URL");
-        let request = Request::builder().uri(path).body(Full::default()).expect("valid");
-        Some(destination.connect().await.ok()?.send(request).await.ok()?.body)
+        get(self.admin, path).await
+    }
+
+    /// A worker's own counts.
+    pub async fn worker_metrics(&self, region: &str) -> Option<String> {
+        String::from_utf8(get(self.worker_ports[region], "/metrics").await?.to_vec()).ok()
     }
 
     pub fn destination(&self, http2: bool) -> Destination {
@@ -365,6 +368,13 @@ residency = {{ require = ["eu"] }}
     pub async fn ask(&self, ask: Ask<'_>) -> Answer {
         self.connect().await.send(ask.request()).await.expect("an answer")
     }
+}
+
+/// Asks a port of this machine for a path, without TLS.
+async fn get(port: u16, path: &str) -> Option<Bytes> {
+    let destination = Destination::new(&format!("http://127.0.0.1:{port}"), None, false).expect("a URL");
+    let request = Request::builder().uri(path).body(Full::default()).expect("valid");
+    Some(destination.connect().await.ok()?.send(request).await.ok()?.body)
 }
 
 /// A request as the tests send it.
