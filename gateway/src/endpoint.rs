@@ -244,10 +244,9 @@ impl Endpoint {
         }
     }
 
-    /// Whether it answers anything at all, asked now. One request asks at a time, and the others that are pending here wait
-    /// for its answer: a hung endpoint with a thousand of them is asked once.
-    pub(crate) async fn is_alive(&self, core: &Core, wait: Duration) -> bool {
-        let since = core.now();
+    /// Whether it answers anything at all, asked at `since` or later. One request asks at a time, and the others that are
+    /// pending here take its answer: a hung endpoint with a thousand of them is asked once, not once after the other.
+    pub(crate) async fn is_alive(&self, core: &Core, since: Time, wait: Duration) -> bool {
         let mut pulse = self.pulse.lock().await;
         if pulse.asked < since {
             let asked = core.now();

@@ -51,7 +51,12 @@ pub(crate) fn address(address: IpAddr) -> HeaderValue {
 /// 128 bits as 32 hexadecimal digits.
 pub(crate) fn hex(bits: u128) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    (0..32).rev().map(|at| char::from(DIGITS[(bits >> (at * 4)) as usize & 15])).collect()
+    let mut text = String::with_capacity(32);
+    for byte in bits.to_be_bytes() {
+        text.push(char::from(DIGITS[usize::from(byte >> 4)]));
+        text.push(char::from(DIGITS[usize::from(byte & 15)]));
+    }
+    text
 }
 
 /// A header's value without a copy.

@@ -27,7 +27,7 @@ pub(super) async fn watched<T>(
     let Some(rules) = rules.map(|rules| rules.at_distance(endpoint.round_trip_ms())) else {
         return timeout_at(deadline, sent).await.map_err(|_| Failure::Deadline);
     };
-    let mut wait = rules.silence;
+    let (mut wait, mut since) = (rules.silence, core.now());
     loop {
         // One timer at a time: the usual request ends within the first.
         let until = deadline.min(Instant::now() + wait);
@@ -40,11 +40,11 @@ pub(super) async fn watched<T>(
         let alive = tokio::select! {
             biased;
             answer = &mut sent => return Ok(answer),
-            alive = endpoint.is_alive(core, rules.answer) => alive,
+            alive = endpoint.is_alive(core, since, rules.answer) => alive,
         };
         if !alive {
             return Err(Failure::Hung);
         }
-        wait = rules.again;
+        (wait, since) = (rules.again, core.now());
     }
 }
