@@ -123,8 +123,12 @@ pub(crate) async fn run(core: &Core, mut request: Attempted<'_>, record: &mut Re
             // Another may do better; if none does, the client gets this one.
             Ok(answer) => held = Some((answer, record.decision.clone())),
             Err(Failure::Send(SendError::Connect { .. } | SendError::Refused(_))) => {}
-            // What hung may have died of this request.
-            Err(Failure::Send(SendError::Reset(_)) | Failure::Hung) => {
+            // What hangs one endpoint, a lost network or machine, mostly hangs its neighbours too.
+            Err(Failure::Hung) => {
+                failure = Error::Broken;
+                suspect.insert(choice.region);
+            }
+            Err(Failure::Send(SendError::Reset(_))) => {
                 deaths += 1;
                 failure = if deaths < DEATHS_MAX { Error::Broken } else { Error::Poisonous };
             }

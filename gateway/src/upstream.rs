@@ -29,6 +29,9 @@ const READY: &str = "/v2/health/ready";
 /// The header in which a worker names its region, on every answer.
 pub(crate) const REGION: HeaderName = HeaderName::from_static("isochrone-region");
 
+/// Pooled connections that one request finds closed before it opens a new one.
+const REUSES_MAX: usize = 8;
+
 /// The longest wait for a pooled connection to be ready.
 const READY_WAIT: Duration = Duration::from_millis(10);
 
@@ -50,7 +53,7 @@ struct Connections {
 /// A connection fit for one request.
 #[derive(Debug)]
 enum Connection {
-    Http1 { sender: http1::SendRequest<RequestBody>, reused: bool },
+    Http1(http1::SendRequest<RequestBody>),
     Http2(http2::SendRequest<RequestBody>),
 }
 
@@ -117,53 +120,54 @@ pub(crate) async fn send(
     let mut request = Request::new(body);
     *request.method_mut() = outgoing.method.clone();
     *request.headers_mut() = outgoing.headers;
+    let mut reuses = 0;
     loop {
-        let connection = match pool.take(now).await {
+        let pooled = if reuses < REUSES_MAX { pool.take(now).await } else { None };
+        let reused = pooled.is_some();
+        reuses += 1;
+        let connection = match pooled {
             Some(connection) => connection,
             None => match pool.open(endpoint, target, outgoing.grpc, connect_timeout).await {
                 Ok(connection) => connection,
-                Err(why) => return Err(SendError::Connect { why, unsent: Some(Box::new(request.into_body())) }),
+                Err(why) => return Err(unsent(why, request)),
             },
         };
-        match connection {
-            Connection::Http1 { mut sender, reused } => {
+        let (sent, lease) = match connection {
+            Connection::Http1(mut sender) => {
                 *request.version_mut() = Version::HTTP_11;
                 *request.uri_mut() = outgoing.uri.path_and_query().cloned().map_or_else(Uri::default, Uri::from);
                 request.headers_mut().insert(HOST, target.authority.clone());
-                match sender.try_send_request(request).await {
-                    Ok(response) => return Ok((response, Lease(Some(sender)))),
-                    Err(mut error) => match error.take_message() {
-                        // It was closed while idle, and nothing has been sent: another connection.
-                        Some(unsent) if reused => request = unsent,
-                        Some(unsent) => {
-                            let why = error.into_error().to_string();
-                            return Err(SendError::Connect { why, unsent: Some(Box::new(unsent.into_body())) });
-                        }
-                        None => return Err(reason(error.into_error())),
-                    },
-                }
+                (sender.try_send_request(request).await, Lease(Some(sender)))
             }
             Connection::Http2(mut sender) => {
                 *request.version_mut() = Version::HTTP_2;
                 *request.uri_mut() = match target.uri(path) {
                     Ok(uri) => uri,
-                    Err(error) => {
-                        let why = error.to_string();
-                        return Err(SendError::Connect { why, unsent: Some(Box::new(request.into_body())) });
-                    }
+                    Err(error) => return Err(unsent(error.to_string(), request)),
                 };
                 request.headers_mut().remove(HOST);
                 if outgoing.grpc {
                     // The one hop-by-hop field of HTTP/2 (RFC 9113, section 8.2.2); gRPC demands it.
                     request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
                 }
-                return match sender.send_request(request).await {
-                    Ok(response) => Ok((response, Lease(None))),
-                    Err(error) => Err(reason(error)),
-                };
+                (sender.try_send_request(request).await, Lease(None))
             }
+        };
+        match sent {
+            Ok(response) => return Ok((response, lease)),
+            Err(mut error) => match error.take_message() {
+                // It was closed while idle, and nothing has been sent: another connection.
+                Some(message) if reused => request = message,
+                Some(message) => return Err(unsent(error.into_error().to_string(), message)),
+                None => return Err(reason(error.into_error())),
+            },
         }
     }
+}
+
+/// Nothing of the request was sent: its body can be had back.
+fn unsent(why: String, request: Request<RequestBody>) -> SendError {
+    SendError::Connect { why, unsent: Some(Box::new(request.into_body())) }
 }
 
 fn reason(error: hyper::Error) -> SendError {
@@ -210,7 +214,7 @@ impl Pool {
             // Not ready yet may only mean that its task has not run since the last body ended. Or it is still taking in a
             // body that its endpoint has already answered: that one is not waited for.
             if sender.is_ready() || matches!(tokio::time::timeout(READY_WAIT, sender.ready()).await, Ok(Ok(()))) {
-                return Some(Connection::Http1 { sender, reused: true });
+                return Some(Connection::Http1(sender));
             }
         }
     }
@@ -241,7 +245,7 @@ impl Pool {
             connect::Opened::Http1(mut sender) => {
                 let ready = tokio::time::timeout(timeout, sender.ready()).await.map_err(late)?;
                 ready.map_err(|error| format!("it closes the connection on which it named its region: {error}"))?;
-                Connection::Http1 { sender, reused: false }
+                Connection::Http1(sender)
             }
             connect::Opened::Http2(sender) => {
                 // Of several opened at once the last is kept; the others end with their requests.
