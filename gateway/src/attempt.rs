@@ -102,7 +102,14 @@ pub(crate) async fn run(core: &Core, mut request: Attempted<'_>, record: &mut Re
         }
 
         let span = record.attempt_begins(snapshot, &choice, endpoint);
-        let result = attempt(core, &mut request, endpoint, &choice, replayable, &span).instrument(span.clone()).await;
+        let permitted = request.permitted;
+        let (ask, dialect, more) = (request.ask, request.call.dialect, usize::from(record.attempts) < rules.max);
+        let elsewhere = || {
+            let tries = Tried { endpoints: &tried, suspect };
+            more && pick(snapshot, &permitted, ask.location, dialect, tries, core.now()).is_some()
+        };
+        let sending = attempt(core, &mut request, endpoint, &choice, replayable.then_some(elsewhere), &span);
+        let result = sending.instrument(span.clone()).await;
         let outcome = outcome(&result, &request);
         record.attempt_ended(&span, endpoint, outcome, result.as_ref().err());
         let verdict = outcome.verdict();
@@ -170,13 +177,14 @@ pub(crate) enum Failure {
     Deadline,
 }
 
-/// Sends the request to one endpoint and waits for the head of its answer.
+/// Sends the request to one endpoint and waits for the head of its answer. `elsewhere` tells whether there is another
+/// endpoint to go to; `None` if the request may go to no other.
 async fn attempt(
     core: &Core,
     request: &mut Attempted<'_>,
     endpoint: &Arc<Endpoint>,
     choice: &Choice,
-    replayable: bool,
+    elsewhere: Option<impl Fn() -> bool>,
     span: &Span,
 ) -> Result<Answer, Failure> {
     let in_flight = InFlight::new(endpoint);
@@ -189,9 +197,10 @@ async fn attempt(
     let body = request.body.for_attempt();
     let sent = upstream::send(endpoint, (target, &pools[core.index]), outgoing, body, connect_timeout, core.now());
     // Only what can go elsewhere is watched, and only who can be asked.
-    let watchable = replayable && endpoint.config.http.is_some();
+    let watchable = elsewhere.is_some() && endpoint.config.http.is_some();
     let rules = watchable.then_some(request.snapshot.config.stall);
-    match stall::watched(core, endpoint, rules, request.deadline, sent).await? {
+    let elsewhere = || elsewhere.as_ref().is_some_and(|elsewhere| elsewhere());
+    match stall::watched(core, endpoint, rules, request.deadline, elsewhere, sent).await? {
         Err(SendError::Connect { why, unsent }) => {
             request.body.put_back(unsent);
             Err(Failure::Send(SendError::Connect { why, unsent: None }))

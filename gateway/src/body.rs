@@ -18,6 +18,10 @@ use crate::respond::Finish;
 /// How many bytes of a stream are read to find the model in its first message.
 const PEEK_MAX: usize = 64 << 10;
 
+/// The most that is read, and waited, of a body whose request is refused.
+const DISCARD_MAX: usize = 64 << 10;
+const DISCARD_FOR: Duration = Duration::from_millis(50);
+
 /// Bytes that are kept and can be sent again.
 #[derive(Clone, Debug)]
 enum Chunks {
@@ -117,6 +121,22 @@ pub(crate) async fn receive(
     }
     let model = model(&received, call)?;
     Ok((received, model))
+}
+
+/// Takes in the rest of a small body whose request is refused. Over HTTP/2 an answer before the body's end is followed by a
+/// reset of the stream, which is in order (RFC 9113, section 8.1) but makes some clients forget the answer.
+pub(crate) async fn discard(mut body: Incoming) {
+    let all = async {
+        let mut left = DISCARD_MAX;
+        while let Some(Ok(frame)) = body.frame().await {
+            match left.checked_sub(frame.data_ref().map_or(0, Bytes::len)) {
+                Some(less) => left = less,
+                None => return,
+            }
+        }
+    };
+    // A client that does not send it soon has to live with the reset.
+    let _ = tokio::time::timeout(DISCARD_FOR, all).await;
 }
 
 /// Reads frames until the body ends, or until there are more bytes than `most` and the model has been found.

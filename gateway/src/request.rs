@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use futures_util::FutureExt;
 use http::request::Parts;
-use http::{Request, Response};
+use http::{Request, Response, Version};
 use hyper::body::Incoming;
 use isochrone_core::geo::Location;
 use isochrone_core::residency::Permitted;
@@ -39,6 +39,7 @@ enum Outcome {
 pub(crate) async fn serve(core: Arc<Core>, peer: Arc<Peer>, request: Request<Incoming>) -> Response<ResponseBody> {
     let snapshot = core.shared.snapshot.load_full();
     let (head, body) = request.into_parts();
+    let mut body = Some(body);
     let dialect = call::dialect(&head);
     let mut record = Record::begin(&core, &snapshot, &peer, &head);
 
@@ -46,7 +47,7 @@ pub(crate) async fn serve(core: Arc<Core>, peer: Arc<Peer>, request: Request<Inc
         None => Err(Error::Overloaded),
         Some(permit) => {
             record.admitted(permit);
-            let answering = answer(&core, &snapshot, &peer, &head, body, dialect, &mut record);
+            let answering = answer(&core, &snapshot, &peer, &head, &mut body, dialect, &mut record);
             // A panic is a mistake of ours: it costs this request, not the others on the connection or the process.
             AssertUnwindSafe(answering).catch_unwind().await.unwrap_or_else(|_| {
                 core.shared.counts.panics.fetch_add(1, Relaxed);
@@ -57,7 +58,14 @@ pub(crate) async fn serve(core: Arc<Core>, peer: Arc<Peer>, request: Request<Inc
     match outcome {
         Ok(Outcome::Forward(answer)) => respond::forward(&core, &snapshot, answer, dialect == Dialect::Grpc, record),
         Ok(Outcome::Own(document)) => respond::json(&core, &document, record),
-        Err(error) => respond::refuse(&core, error, dialect, record),
+        Err(error) => {
+            // A payload that may not be here is not read, be it to throw it away.
+            let discardable = head.version == Version::HTTP_2 && error != Error::GatewayOutside;
+            if let Some(unread) = body.filter(|_| discardable) {
+                body::discard(unread).await;
+            }
+            respond::refuse(&core, error, dialect, record)
+        }
     }
 }
 
@@ -66,7 +74,7 @@ async fn answer(
     snapshot: &Arc<Snapshot>,
     peer: &Peer,
     head: &Parts,
-    body: Incoming,
+    body: &mut Option<Incoming>,
     dialect: Dialect,
     record: &mut Record,
 ) -> Result<Outcome, Error> {
@@ -94,7 +102,8 @@ async fn answer(
     if let ModelIn::Path(name) = &call.model {
         permission(snapshot, &caller, &location, Some(name))?;
     }
-    let (body, name) = body::receive(body, &call, limits).await?;
+    let incoming = body.take().ok_or(Error::Internal)?;
+    let (body, name) = body::receive(incoming, &call, limits).await?;
     let (model, permitted) = permission(snapshot, &caller, &location, name.as_deref())?;
     policy::certain(snapshot, &caller, &call, &body)?;
     record.permitted(model, permitted.regions().len());

@@ -12,7 +12,7 @@ use crate::app::Core;
 use crate::endpoint::Endpoint;
 
 /// Waits for `sent` until the deadline. With `rules`, an endpoint that is silent is asked for its health in between, and
-/// given up if it does not answer.
+/// given up if it does not answer while there is an `elsewhere`: a client with nowhere else to go loses nothing by waiting.
 ///
 /// # Errors
 /// [`Failure::Deadline`] or [`Failure::Hung`].
@@ -21,6 +21,7 @@ pub(super) async fn watched<T>(
     endpoint: &Arc<Endpoint>,
     rules: Option<Rules>,
     deadline: Instant,
+    elsewhere: impl Fn() -> bool,
     sent: impl Future<Output = T>,
 ) -> Result<T, Failure> {
     let mut sent = pin!(sent);
@@ -42,7 +43,7 @@ pub(super) async fn watched<T>(
             answer = &mut sent => return Ok(answer),
             alive = endpoint.is_alive(core, since, rules.answer) => alive,
         };
-        if !alive {
+        if !alive && elsewhere() {
             return Err(Failure::Hung);
         }
         (wait, since) = (rules.again, core.now());

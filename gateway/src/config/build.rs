@@ -14,7 +14,7 @@ use isochrone_core::{health, outlier, stall, steer};
 use sha2::{Digest, Sha256};
 use toml::de::{DeTable, DeValue};
 
-use super::document::{Document, Problem, lay_under};
+use super::document::{Document, Problem, lay_under, regular};
 use super::{
     ATTEMPTS_MAX, Address, Attempts, Config, EndpointConfig, ForwardedBy, Limits, Listener, Opened, Probes,
     RegionConfig, Rejected, Shutdown, Stamp, Target, TargetTls, Telemetry, Tenant, Trust, file,
@@ -24,6 +24,10 @@ use crate::tls;
 
 /// Every setting with its default.
 const REFERENCE: &str = include_str!("../../../config/reference.toml");
+
+/// The largest certificate, key or hash, and the largest database.
+const SECRET_MAX: u64 = 4 << 20;
+const DATABASE_MAX: u64 = 8 << 30;
 
 /// Reads a directory. `opened` remembers the databases between two readings.
 ///
@@ -254,6 +258,9 @@ impl Builder<'_> {
             Some(ticketer) => Arc::clone(ticketer),
             None => Arc::clone(self.opened.ticketer.insert(tls::ticketer().map_err(|message| ("key", message))?)),
         };
+        for (entry, path) in [("certificate", certificate), ("key", key)] {
+            regular(path, SECRET_MAX).map_err(|message| (entry, format!("{}: {message}", path.display())))?;
+        }
         // A renewed certificate is another state of the directory, though no TOML file has changed.
         self.digest.update(std::fs::read(certificate).unwrap_or_default());
         tls::server_config(certificate, key, ticketer)
@@ -269,7 +276,7 @@ impl Builder<'_> {
                     self.digest.update(database.1.build_epoch().to_le_bytes());
                     self.digest.update(database.0.length.to_le_bytes());
                     databases.push(Arc::clone(&database.1));
-                    opened.insert(path, database);
+                    opened.insert(absolute(&path), database);
                 }
                 Err(_) if geoip.optional && !path.exists() => {}
                 Err(message) => {
@@ -287,12 +294,13 @@ impl Builder<'_> {
     }
 
     fn database(&self, path: &Path) -> Result<(Stamp, Arc<Database>), String> {
+        regular(path, DATABASE_MAX)?;
         let metadata = std::fs::metadata(path).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => "there is no such file".to_owned(),
             _ => format!("it cannot be read: {error}"),
         })?;
         let stamp = Stamp { modified: metadata.modified().ok(), length: metadata.len(), inode: metadata.ino() };
-        match self.opened.databases.get(path) {
+        match self.opened.databases.get(&absolute(path)) {
             Some((known, database)) if *known == stamp => Ok((stamp, Arc::clone(database))),
             _ => Ok((stamp, Arc::new(Database::open(path)?))),
         }
@@ -421,7 +429,7 @@ impl Builder<'_> {
         }
         let authorities = endpoint.tls.as_ref().map(|tls| {
             let path = self.beside(document, &tls.ca);
-            let found = tls::authorities(&path);
+            let found = regular(&path, SECRET_MAX).and_then(|()| tls::authorities(&path));
             found
                 .inspect(|(_, digest)| self.digest.update(digest))
                 .map_err(|message| self.say(document, &["endpoints", at, "tls", "ca"], message))
@@ -465,6 +473,9 @@ impl Builder<'_> {
         let mut holders: BTreeMap<[u8; 32], Box<str>> = BTreeMap::new();
         let mut tenants = Vec::new();
         for (name, tenant) in file.tenants {
+            if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b)) {
+                self.say(&document, &["tenants", &name], "a tenant's name is made of letters, digits, `-` and `_`");
+            }
             let mut keys = Vec::new();
             for (at, key) in tenant.keys.iter().enumerate() {
                 let place = ["tenants", &*name, "keys", &at.to_string()];
@@ -508,6 +519,7 @@ impl Builder<'_> {
             file::Key::Inline { hash } => parse(hash).ok_or_else(|| expected.to_owned()),
             file::Key::File { hash_file } => {
                 let path = self.beside(document, hash_file);
+                regular(&path, SECRET_MAX).map_err(|message| format!("{}: {message}", path.display()))?;
                 let text = std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
                 self.digest.update(&text);
                 parse(&text).ok_or_else(|| format!("{}: {expected}", path.display()))
@@ -637,8 +649,16 @@ fn target(
     if uri.path().len() > 1 || uri.query().is_some() || authority.as_str().contains('@') {
         return Err(format!("`{url}`: an endpoint's URL has no path, query or user"));
     }
-    let port = authority.port_u16().unwrap_or(if scheme == "https" { 443 } else { 80 });
     let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+    // What stands behind the host is a port, or nothing.
+    let port = match authority.as_str().strip_prefix(authority.host()) {
+        Some("") => Some(if scheme == "https" { 443 } else { 80 }),
+        Some(port) => port.strip_prefix(':').and_then(|port| port.parse().ok()).filter(|&port: &u16| port > 0),
+        None => None,
+    };
+    let Some(port) = port.filter(|_| !host.is_empty()) else {
+        return Err(format!("`{url}`: an endpoint's URL has a host, and a port from 1 to 65535"));
+    };
     let address = match host.parse() {
         Ok(ip) => Address::Ip(std::net::SocketAddr::new(ip, port)),
         Err(_) => Address::Name(host.into(), port),
@@ -681,6 +701,11 @@ fn toml_files(directory: &Path) -> std::io::Result<Vec<PathBuf>> {
     }
     files.sort();
     Ok(files)
+}
+
+/// The same file however its path is written: the first reading may be of a relative one.
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 fn instance(written: &str) -> Box<str> {

@@ -39,6 +39,23 @@ impl fmt::Display for Problem {
     }
 }
 
+/// The largest TOML file. Two hundred regions fit into one.
+const FILE_MAX: u64 = 16 << 20;
+
+/// Makes sure that reading a path ends: a pipe would be waited for, and a device read, for ever.
+///
+/// # Errors
+/// Something else than a file, or one that is too large. What is not there is for the reader to find.
+pub(super) fn regular(path: &Path, bytes_max: u64) -> Result<(), String> {
+    match std::fs::metadata(path) {
+        Ok(metadata) if !metadata.is_file() => Err("it is no regular file".into()),
+        Ok(metadata) if metadata.len() > bytes_max => {
+            Err(format!("it has {} bytes; {bytes_max} are the most that is read", metadata.len()))
+        }
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
 /// A file that has been read.
 #[derive(Debug)]
 pub(super) struct Document {
@@ -48,6 +65,7 @@ pub(super) struct Document {
 
 impl Document {
     pub(super) fn read(file: &Path) -> Result<Document, Problem> {
+        regular(file, FILE_MAX).map_err(|message| Problem { file: file.to_owned(), line: 0, column: 0, message })?;
         match std::fs::read_to_string(file) {
             Ok(text) => Ok(Document { file: file.to_owned(), text }),
             Err(error) => Err(Problem {

@@ -180,6 +180,22 @@ async fn a_hung_worker_is_left_within_a_fraction_of_a_second() {
         .await;
 }
 
+/// With nowhere else to go, a request waits for a worker that pauses, rather than being given up.
+#[tokio::test]
+async fn a_tenant_with_one_region_waits_out_a_pause() {
+    let world = World::start("pause", Plan::default()).await;
+    world.workers["eu-west"].signal("STOP");
+    let destination = world.destination(false);
+    let ask = Ask { tenant: "demo-eu", ..Ask::default() }.request();
+    let since = Instant::now();
+    let asking = tokio::spawn(async move { destination.connect().await.expect("connects").send(ask).await });
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    world.workers["eu-west"].signal("CONT");
+    let answer = asking.await.expect("no panic").expect("an answer");
+    assert_eq!((answer.status, answer.header("isochrone-region")), (StatusCode::OK, "eu-west"));
+    assert!(since.elapsed() > Duration::from_millis(500), "it was not stopped");
+}
+
 #[tokio::test]
 async fn a_busy_worker_is_not_taken_for_a_hung_one() {
     let world = World::start("busy", Plan::minilm()).await;

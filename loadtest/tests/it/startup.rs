@@ -118,6 +118,24 @@ fn directories_that_are_not_there_or_hold_nothing() {
 }
 
 #[test]
+fn what_cannot_be_read_or_cannot_work_is_refused_and_not_waited_for() {
+    let world = World::configured("strange", Plan::default());
+    let good = std::fs::read_to_string(world.region_file("eu-west")).expect("readable");
+    let port = format!("127.0.0.1:{}", world.worker_ports["eu-west"]);
+    for bad in ["127.0.0.1:80000", "127.0.0.1:0", ":5", "127.0.0.1:99999999999"] {
+        std::fs::write(world.region_file("eu-west"), good.replace(&port, bad)).expect("written");
+        one_line(&refused(&world), &place(&world.region_file("eu-west"), "http ="), &[bad]);
+    }
+    std::fs::remove_file(world.region_file("eu-west")).expect("removed");
+    let made = Command::new("mkfifo").arg(world.region_file("eu-west")).status().expect("mkfifo runs");
+    assert!(made.success());
+    one_line(&refused(&world), "eu-west.toml", &["no regular file"]);
+    std::fs::remove_file(world.region_file("eu-west")).expect("removed");
+    std::os::unix::fs::symlink("/dev/zero", world.region_file("eu-west")).expect("linked");
+    one_line(&refused(&world), "eu-west.toml", &["no regular file"]);
+}
+
+#[test]
 fn the_shipped_configuration_is_valid() {
     // Its secrets are made by `up`; here they are this test's.
     let copy = crate::world::folder("shipped");
