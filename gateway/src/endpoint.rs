@@ -161,6 +161,12 @@ impl Endpoint {
                 None
             }
             Mark::Failure | Mark::Dead => {
+                if mark == Mark::Dead && self.config.http.is_some() {
+                    // Down until its probes say otherwise, so that no client is spent on trials, each of which would double
+                    // the ejection. Its assertion stays: whoever has nowhere else to go may still wait for it.
+                    self.probed.lock().health.condemn();
+                    self.healthy.store(false, Relaxed);
+                }
                 let mut outlier = self.outlier.lock();
                 let ejected = match mark {
                     Mark::Dead => outlier.condemn(now, &config.outlier),

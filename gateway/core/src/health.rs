@@ -25,6 +25,11 @@ impl Health {
         self.healthy
     }
 
+    /// It is known to be down, without waiting for the threshold: it has to earn its return like any other.
+    pub fn condemn(&mut self) {
+        *self = Health { healthy: false, against: 0, known: true };
+    }
+
     /// Takes in one result. Returns the new judgement if it changed.
     ///
     /// The very first success counts at once: there is nothing better to go by, and waiting for the threshold would make
@@ -69,6 +74,16 @@ mod tests {
         for (at, (success, expected)) in script.into_iter().enumerate() {
             assert_eq!(health.observe(success, TWO_THREE), expected, "step {at}");
         }
+    }
+
+    #[test]
+    fn the_condemned_are_down_at_once_and_return_by_the_threshold() {
+        let mut health = Health::default();
+        assert_eq!(health.observe(true, TWO_THREE), Some(true));
+        health.condemn();
+        assert!(!health.is_healthy());
+        assert_eq!(health.observe(true, TWO_THREE), None);
+        assert_eq!(health.observe(true, TWO_THREE), Some(true));
     }
 
     #[test]
