@@ -6,6 +6,7 @@ mod oip;
 
 mod openai;
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -26,11 +27,12 @@ use tracing::{Instrument, Span, field, info_span};
 
 use self::error::{Dialect, Error};
 use crate::app::{Loaded, State};
-use crate::runner::{Done, Times, deadline};
+use crate::runner::{Done, Runner, Times, deadline};
 use crate::runtime::Input;
 use crate::text::{INLINE_BYTES_MAX, Tokenizer};
 
 const REGION: HeaderName = HeaderName::from_static("isochrone-region");
+const LOAD_REPORT: HeaderName = HeaderName::from_static("endpoint-load-metrics");
 const MODEL_VERSION: HeaderName = HeaderName::from_static("isochrone-model-version");
 const MODEL_DIGEST: HeaderName = HeaderName::from_static("isochrone-model-digest");
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -102,6 +104,15 @@ struct Line<'a> {
     trace_id: Option<String>,
 }
 
+/// How much there is to do, in ORCA's words (`xds.data.orca.v3.OrcaLoadReport`), so that gateways need not guess it from
+/// their own share of the traffic.
+fn load_report(state: &State) -> String {
+    let runners = || state.models.values().flat_map(BTreeMap::values).map(|loaded| &loaded.runner);
+    let in_flight: usize = runners().map(Runner::waiting).sum();
+    let queued: usize = runners().map(Runner::queued).sum();
+    format!("TEXT named_metrics.in_flight={in_flight}, named_metrics.queue_depth={queued}")
+}
+
 /// What is done around every request: its span, its region, its line.
 async fn around(Shared(state): Shared<Arc<State>>, mut request: Request, next: Next) -> Response {
     let began = Instant::now();
@@ -111,6 +122,9 @@ async fn around(Shared(state): Shared<Arc<State>>, mut request: Request, next: N
     request.extensions_mut().insert(RequestSpan(span.clone()));
     let mut response = next.run(request).instrument(span.clone()).await;
     response.headers_mut().insert(REGION, state.region.clone());
+    if let Ok(report) = HeaderValue::try_from(load_report(&state)) {
+        response.headers_mut().insert(LOAD_REPORT, report);
+    }
     if let Some(id) = &id {
         response.headers_mut().insert(X_REQUEST_ID, id.clone());
     }

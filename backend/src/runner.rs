@@ -108,6 +108,11 @@ impl Runner {
         self.waiting.load(Relaxed)
     }
 
+    /// Of these, the requests that have not been taken into a batch.
+    pub(crate) fn queued(&self) -> usize {
+        self.jobs.max_capacity() - self.jobs.capacity()
+    }
+
     /// Runs one request. Dropping the future before its turn takes it out of the queue.
     ///
     /// # Errors

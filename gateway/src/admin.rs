@@ -52,7 +52,7 @@ async fn ready(State(shared): State<Arc<Shared>>) -> (StatusCode, &'static str) 
     let snapshot = shared.snapshot.load();
     if shared.leaving.load(Relaxed) {
         (StatusCode::SERVICE_UNAVAILABLE, "leaving\n")
-    } else if snapshot.endpoints.iter().all(|endpoint| endpoint.is_probed()) {
+    } else if snapshot.endpoints.iter().all(|endpoint| endpoint.live.is_probed()) {
         (StatusCode::OK, "ready\n")
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, "not every endpoint has been probed yet\n")
@@ -74,20 +74,31 @@ async fn config(State(shared): State<Arc<Shared>>) -> Json<Value> {
     }))
 }
 
+/// Microseconds are enough; the rest is noise of binary fractions.
+fn rounded(ms: f32) -> f64 {
+    (f64::from(ms) * 1000.0).round() / 1000.0
+}
+
 async fn regions(State(shared): State<Arc<Shared>>) -> Json<Value> {
     let snapshot = shared.snapshot.load();
     let now = shared.now();
     let endpoint = |endpoint: &Arc<Endpoint>| {
         json!({
             "address": endpoint.name(),
-            "healthy": endpoint.is_healthy(),
-            "region_asserted": endpoint.is_asserted(),
-            "ejected": endpoint.is_ejected(now),
-            "in_flight": endpoint.in_flight(),
-            "round_trip_ms": endpoint.round_trip_ms(),
+            "healthy": endpoint.live.is_healthy(),
+            "region_asserted": endpoint.live.is_asserted(),
+            "ejected": endpoint.live.is_ejected(now),
+            "overloaded": endpoint.live.is_paused(now),
+            "in_flight": endpoint.live.in_flight(),
+            "reported": endpoint.live.report(now, &snapshot.fleet.rules).map(|report| {
+                json!({ "in_flight": report.in_flight, "queue_depth": report.queued })
+            }),
+            "round_trip_ms": endpoint.live.round_trip_ms().map(rounded),
         })
     };
-    let regions = snapshot.regions.iter().zip(&snapshot.config.regions).map(|(entry, config)| {
+    let limit = |limit: u32| (limit != u32::MAX).then_some(limit);
+    let regions = snapshot.regions.iter().zip(&snapshot.config.regions).zip(&snapshot.fleet.regions);
+    let regions = regions.map(|((entry, config), fleet)| {
         json!({
             "region": &*entry.name,
             "country": config.region.country.as_str(),
@@ -95,6 +106,9 @@ async fn regions(State(shared): State<Arc<Shared>>) -> Json<Value> {
             "longitude": config.region.point.longitude(),
             "zones": config.region.zones,
             "drain": config.region.drain,
+            "in_flight": fleet.live.load(),
+            "soft_limit": limit(config.region.soft_limit),
+            "hard_limit": limit(config.region.hard_limit),
             "models": config.models,
             "endpoints": snapshot.endpoints[entry.endpoints.clone()].iter().map(endpoint).collect::<Vec<_>>(),
         })

@@ -1,5 +1,6 @@
 //! The composition root: from a directory to a running gateway, and to its end. Nothing else wires parts together.
 
+use std::hash::RandomState;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,6 +29,10 @@ pub(crate) struct Shared {
     pub(crate) config_state: Mutex<ConfigState>,
     /// The process is leaving: not ready any more, though it still serves.
     pub(crate) leaving: AtomicBool,
+    /// The name of no region.
+    pub(crate) nowhere: Arc<str>,
+    /// The key of the digests by which queries of death are known again.
+    pub(crate) digests: RandomState,
     clock: Instant,
 }
 
@@ -131,6 +136,8 @@ async fn control(
         log,
         config_state: Mutex::new(ConfigState { accepted_at: SystemTime::now(), rejected: None }),
         leaving: AtomicBool::new(false),
+        nowhere: Arc::from(""),
+        digests: RandomState::new(),
         clock: Instant::now(),
     });
 
@@ -138,6 +145,7 @@ async fn control(
     // Everything that must live as long as the process tells here how it ended; the first to end ends the process.
     let (ended, mut endings) = mpsc::channel::<String>(16);
     let probes = probe::Probes::start(Arc::clone(&shared), ended.clone());
+    watched("the digest of what is measured", &ended, refresh(Arc::clone(&shared)));
     watched("the admin listener", &ended, admin::serve(admin, Arc::clone(&shared))?);
     // Absolute, so that the directory has a parent in which its replacement is seen.
     let directory = std::path::absolute(&directory).unwrap_or(directory);
@@ -181,6 +189,19 @@ async fn control(
     tracing::info!(drained, "stopped");
     tokio::task::spawn_blocking(move || drop(telemetry)).await.map_err(|error| error.to_string())?;
     outcome
+}
+
+/// Between two digests of what is measured.
+const REFRESH: Duration = Duration::from_millis(200);
+
+/// Turns what requests and probes have measured into what picks read, several times a second.
+async fn refresh(shared: Arc<Shared>) -> String {
+    let mut ticks = tokio::time::interval(REFRESH);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        shared.snapshot.load().fleet.refresh(shared.now());
+    }
 }
 
 /// Runs a task that must live as long as the process, and tells if it does not, be it by a panic.

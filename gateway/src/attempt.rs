@@ -1,50 +1,54 @@
-//! The only loop: pick, send, judge, stop or go again; within the attempts, the budget and the deadline.
+//! The only loop: begin, send, judge, stop or go again. What it does is `isochrone_core::course`'s to say; here it is done.
+
+mod answer;
 
 mod head;
 
-mod stall;
+mod race;
 
+use std::hash::BuildHasher;
 use std::sync::Arc;
 
-use http::Response;
 use http::request::Parts;
-use hyper::body::Incoming;
-use isochrone_core::pick::{Choice, Tried};
-use isochrone_core::region::{RegionIndex, RegionSet};
+use isochrone_core::Time;
+use isochrone_core::course::{self, Attempt, Course, Next, NotBegun, Why};
+use isochrone_core::live::{InFlight, Told};
+use isochrone_core::pick::{Nobody, Query};
+use isochrone_core::queue::Turn;
+use isochrone_core::region::RegionIndex;
 use isochrone_core::residency::Permitted;
-use isochrone_core::retry::{Outcome, Retry};
-use smallvec::SmallVec;
-use tokio::time::Instant;
-use tracing::{Instrument, Span};
+use isochrone_core::retry::Outcome;
+use isochrone_core::steer::{Client, stable_hash};
+use tokio::time::{Instant, timeout_at};
+use tracing::Span;
 
-pub(crate) use self::head::{Forwarded, deadline};
+pub(crate) use self::answer::{AnswerBody, Failure, Frames};
+pub(crate) use self::head::{Forwarded, asked_deadline};
+use self::race::{Ended, Sending, race};
 use crate::app::Core;
 use crate::body::Received;
 use crate::call::{self, Call, Dialect};
-use crate::config::ATTEMPTS_MAX;
-use crate::endpoint::{Endpoint, InFlight};
+use crate::config::{Affinity, Route};
+use crate::endpoint::Endpoint;
 use crate::error::Error;
-use crate::event::{Decision, Record};
-use crate::pick::pick;
+use crate::event::Record;
 use crate::policy::{self, Ask};
 use crate::snapshot::Snapshot;
-use crate::upstream::{self, Lease, Outgoing, REGION, SendError};
-
-/// The most connections that one request may break before it is taken to be the cause.
-const DEATHS_MAX: usize = 2;
-
-/// Turns of the loop: the most attempts, and as many trials lost to other requests.
-const TURNS_MAX: usize = 2 * ATTEMPTS_MAX;
+use crate::upstream::Lease;
 
 /// A request as the loop needs it.
 #[derive(Debug)]
 pub(crate) struct Attempted<'a> {
     pub(crate) snapshot: &'a Arc<Snapshot>,
+    pub(crate) route: &'a Route,
     pub(crate) permitted: Permitted,
     pub(crate) ask: Ask<'a>,
+    /// The model's place in the fleet.
+    pub(crate) model: Option<usize>,
+    /// A stable hash of the client's address prefix.
+    pub(crate) client: u64,
     pub(crate) call: &'a Call,
     pub(crate) head: &'a Parts,
-    pub(crate) body: Received,
     pub(crate) deadline: Instant,
     /// The deadline is the gateway's own, not one that the client chose.
     pub(crate) own_deadline: bool,
@@ -54,178 +58,172 @@ pub(crate) struct Attempted<'a> {
 /// An endpoint's answer, with what must be kept until its body has ended.
 #[derive(Debug)]
 pub(crate) struct Answer {
-    pub(crate) response: Response<Incoming>,
-    pub(crate) lease: Lease,
-    pub(crate) in_flight: InFlight,
+    pub(crate) head: http::response::Parts,
+    pub(crate) body: AnswerBody,
+    /// The connection and the load, unless the body has been read already.
+    pub(crate) upstream: Option<Upstream>,
     pub(crate) region: RegionIndex,
+    /// Which attempt it is the answer to.
+    pub(crate) number: usize,
+}
+
+/// What an answer holds of its endpoint until its body has ended.
+#[derive(Debug)]
+pub(crate) struct Upstream {
+    pub(crate) endpoint: Arc<Endpoint>,
+    pub(crate) lease: Lease,
+    pub(crate) in_flight: Option<InFlight>,
+}
+
+/// An attempt that has begun.
+struct Begun<'a> {
+    attempt: Attempt,
+    endpoint: &'a Arc<Endpoint>,
+    span: Span,
+    /// From 0.
+    number: usize,
 }
 
 /// Tries until there is an answer for the client.
 ///
 /// # Errors
 /// Nobody permitted could answer.
-pub(crate) async fn run(core: &Core, mut request: Attempted<'_>, record: &mut Record) -> Result<Answer, Error> {
-    let snapshot = request.snapshot;
-    let rules = &snapshot.config.attempts;
-    let replayable = request.call.replayable
-        && request.body.is_whole()
-        && !call::may_be_sequence(request.head, request.body.chunks());
-    let mut tried: SmallVec<[usize; 8]> = SmallVec::new();
-    let mut suspect = RegionSet::EMPTY;
-    let mut deaths = 0;
+pub(crate) async fn run(
+    core: &Core,
+    request: &Attempted<'_>,
+    mut body: Received,
+    record: &mut Record,
+) -> Result<Answer, Error> {
+    let replayable = request.route.replay.unwrap_or(request.call.replayable)
+        && body.is_whole()
+        && !call::may_be_sequence(request.head, body.chunks());
+    let poison = &request.snapshot.fleet.poison;
+    if replayable && !poison.is_empty() && poison.refuses(digest(core, request, &body), core.now()) {
+        return Err(Error::Poisonous);
+    }
+    let mut course = Course::default();
     // An answer that was not good enough, in case that no better one comes.
-    let mut held: Option<(Answer, Decision)> = None;
+    let mut held: Option<Answer> = None;
     let mut failure = Error::Unavailable;
-
-    // Each turn tries an endpoint that was not tried before, or loses one's trial to another request.
-    for _ in 0..TURNS_MAX {
-        let now = core.now();
-        if !tried.is_empty() {
-            request.permitted = hold_to_newest(core, &request);
-        }
-        let tries = Tried { endpoints: &tried, suspect };
-        let picked = pick(snapshot, &request.permitted, request.ask.location, request.call.dialect, tries, now);
-        let Some(choice) = picked else { break };
-        debug_assert!(request.permitted.contains(choice.region), "an attempt outside the permitted set");
-        let endpoint = &snapshot.endpoints[choice.endpoint];
-        if !endpoint.admit(now, &snapshot.config, choice.panic) {
-            continue;
-        }
-        tried.push(choice.endpoint);
-        // A trial whose request ends without a verdict, because its client left, is free for the next.
-        let trial = Trial { endpoint, core };
-        if record.attempts == 0 {
-            endpoint.budget.deposit(now);
-        } else if !endpoint.budget.withdraw(now, rules.budget_share, rules.budget_floor) {
-            record.budget_spent();
-            break;
-        }
-
-        let span = record.attempt_begins(snapshot, &choice, endpoint);
-        let permitted = request.permitted;
-        let (ask, dialect, more) = (request.ask, request.call.dialect, usize::from(record.attempts) < rules.max);
-        let elsewhere = || {
-            let tries = Tried { endpoints: &tried, suspect };
-            more && pick(snapshot, &permitted, ask.location, dialect, tries, core.now()).is_some()
+    // Each turn makes an attempt, of which the course allows a few.
+    loop {
+        let begun = match begin_or_wait(core, request, &mut course, record).await {
+            Ok(begun) => begun,
+            Err(why) => {
+                record.not_begun(why);
+                break;
+            }
         };
-        let sending = attempt(core, &mut request, endpoint, &choice, replayable.then_some(elsewhere), &span);
-        let result = sending.instrument(span.clone()).await;
-        let outcome = outcome(&result, &request);
-        record.attempt_ended(&span, endpoint, outcome, result.as_ref().err());
-        let verdict = outcome.verdict();
-        let ejected = endpoint.judge(verdict.endpoint, core.now(), &snapshot.config);
-        drop(trial);
-        if let Some(ejection) = ejected {
-            tracing::warn!(region = %endpoint.config.region, endpoint = endpoint.name(), outcome = outcome.as_str(),
-                seconds = ejection.as_secs_f32(), "endpoint ejected");
-        }
-
-        let again = match verdict.retry {
-            Retry::No => false,
-            Retry::Any => request.body.is_at_hand(),
-            Retry::Replayable => replayable,
-        };
+        let state = course::Body { replayable, at_hand: true };
+        let outgoing = body.for_attempt();
+        let sending = Sending { core, request, body: &body, state };
+        let Ended { next, result } = race(sending, &mut course, begun, outgoing, &mut held, record).await;
         match result {
-            Ok(answer) if verdict.retry == Retry::No => return Ok(answer),
+            Ok(answer) if next == Next::Answer => {
+                record.decided(answer.number);
+                return Ok(answer);
+            }
             // Another may do better; if none does, the client gets this one.
-            Ok(answer) => held = Some((answer, record.decision.clone())),
-            Err(Failure::Send(SendError::Connect { .. } | SendError::Refused(_))) => {}
-            // What hangs one endpoint, a lost network or machine, mostly hangs its neighbours too.
-            Err(Failure::Hung) => {
-                failure = Error::Broken;
-                suspect.insert(choice.region);
-            }
-            Err(Failure::Send(SendError::Reset(_))) => {
-                deaths += 1;
-                failure = if deaths < DEATHS_MAX { Error::Broken } else { Error::Poisonous };
-            }
-            Err(Failure::Send(SendError::ClientBody)) => return Err(Error::BrokenBody),
-            Err(Failure::Deadline) => return Err(Error::Deadline),
+            Ok(answer) => held = Some(answer),
+            Err(error) => failure = error.or_put_back(&mut body, failure)?,
         }
-        if !again || deaths >= DEATHS_MAX || usize::from(record.attempts) >= rules.max {
-            break;
-        }
-        // One endpoint may be sick; two in one region are a sign that the region is.
-        let region = &snapshot.regions[choice.region.get()].endpoints;
-        if tried.iter().filter(|endpoint| region.contains(endpoint)).count() >= 2 {
-            suspect.insert(choice.region);
+        match next {
+            Next::Again => {}
+            Next::Poisonous => {
+                failure = Error::Poisonous;
+                poison.remember(digest(core, request, &body), core.now(), request.snapshot.config.attempts.poison_for);
+                record.poisonous();
+                break;
+            }
+            Next::Answer | Next::Wait | Next::Stop => break,
         }
     }
-    let (answer, decision) = held.ok_or(failure)?;
-    record.decision = decision;
+    let answer = held.ok_or(failure)?;
+    record.decided(answer.number);
     Ok(answer)
 }
 
-/// Frees an endpoint's trial when its attempt is over, however that comes. A verdict has ended the trial before.
-struct Trial<'a> {
-    endpoint: &'a Endpoint,
-    core: &'a Core,
-}
-
-impl Drop for Trial<'_> {
-    fn drop(&mut self) {
-        self.endpoint.release_trial(self.core.now());
-    }
-}
-
-/// Why an attempt gave no answer.
-#[derive(Debug)]
-pub(crate) enum Failure {
-    Send(SendError),
-    /// It was silent, and did not say that it lives.
-    Hung,
-    Deadline,
-}
-
-/// Sends the request to one endpoint and waits for the head of its answer. `elsewhere` tells whether there is another
-/// endpoint to go to; `None` if the request may go to no other.
-async fn attempt(
+/// Begins the next attempt. If every permitted endpoint has all that it can take, it waits for room, for a short while and
+/// in a short queue.
+async fn begin_or_wait<'a>(
     core: &Core,
-    request: &mut Attempted<'_>,
-    endpoint: &Arc<Endpoint>,
-    choice: &Choice,
-    elsewhere: Option<impl Fn() -> bool>,
-    span: &Span,
-) -> Result<Answer, Failure> {
-    let in_flight = InFlight::new(endpoint);
-    let grpc = request.call.dialect == Dialect::Grpc;
-    // The pick gives only endpoints that speak the protocol.
-    let (target, pools) = endpoint.target(grpc).ok_or(Failure::Deadline)?;
-    let headers = head::for_endpoint(request.head, &request.forwarded, request.deadline, grpc, span);
-    let outgoing = Outgoing { method: &request.head.method, uri: &request.head.uri, headers, grpc };
-    let connect_timeout = request.snapshot.config.attempts.connect_timeout;
-    let body = request.body.for_attempt();
-    let sent = upstream::send(endpoint, (target, &pools[core.index]), outgoing, body, connect_timeout, core.now());
-    // Only what can go elsewhere is watched, and only who can be asked.
-    let watchable = elsewhere.is_some() && endpoint.config.http.is_some();
-    let rules = watchable.then_some(request.snapshot.config.stall);
-    let elsewhere = || elsewhere.as_ref().is_some_and(|elsewhere| elsewhere());
-    match stall::watched(core, endpoint, rules, request.deadline, elsewhere, sent).await? {
-        Err(SendError::Connect { why, unsent }) => {
-            request.body.put_back(unsent);
-            Err(Failure::Send(SendError::Connect { why, unsent: None }))
+    request: &'a Attempted<'_>,
+    course: &mut Course,
+    record: &mut Record,
+) -> Result<Begun<'a>, NotBegun> {
+    const FULL: NotBegun = NotBegun::Nobody(Nobody::Full);
+    let (waiting, queue) = (&request.snapshot.fleet.waiting, request.snapshot.config.queue);
+    match begin(core, request, course, Why::Needed, record) {
+        Err(FULL) if queue.bound > 0 => {}
+        begun => return begun,
+    }
+    let until = request.deadline.min(Instant::now() + queue.wait);
+    let deadline = core.now() + request.deadline.saturating_duration_since(Instant::now());
+    let mut passing = 0;
+    loop {
+        let place = waiting.join(deadline, queue.bound);
+        // Something may have been released just before this request joined.
+        match begin(core, request, course, Why::Needed, record) {
+            Err(FULL) => {}
+            begun => return begun,
         }
-        Err(error) => Err(Failure::Send(error)),
-        Ok((response, lease)) => {
-            if response.headers().get(REGION).is_some_and(|named| named.as_bytes() != endpoint.config.region.as_bytes())
-            {
-                endpoint.doubt();
-            }
-            Ok(Answer { response, lease, in_flight, region: choice.region })
+        // What this one's turn was for is of no use to it: the next may look.
+        waiting.pass(passing);
+        match timeout_at(until, place).await {
+            Ok(Turn::Look(others)) => passing = others,
+            Ok(Turn::Shed) | Err(_) => return Err(FULL),
+        }
+        match begin(core, request, course, Why::Needed, record) {
+            Err(FULL) => {}
+            begun => return begun,
         }
     }
 }
 
-fn outcome(result: &Result<Answer, Failure>, request: &Attempted<'_>) -> Outcome {
-    match result {
-        Ok(answer) => Outcome::Status(answer.response.status().as_u16()),
-        Err(Failure::Send(SendError::Connect { .. })) => Outcome::ConnectFailed,
-        Err(Failure::Send(SendError::Reset(_))) => Outcome::Reset,
-        Err(Failure::Send(SendError::Refused(_))) => Outcome::Refused,
-        Err(Failure::Send(SendError::ClientBody)) => Outcome::ClientBody,
-        Err(Failure::Hung) => Outcome::Hung,
-        Err(Failure::Deadline) if request.own_deadline && request.body.is_whole() => Outcome::TimedOut,
-        Err(Failure::Deadline) => Outcome::ClientTimedOut,
+/// Begins an attempt now, or says why there is none.
+fn begin<'a>(
+    core: &Core,
+    request: &'a Attempted<'_>,
+    course: &mut Course,
+    why: Why<'_>,
+    record: &mut Record,
+) -> Result<Begun<'a>, NotBegun> {
+    let (now, snapshot) = (core.now(), request.snapshot);
+    let permitted = if course.attempts() == 0 { request.permitted } else { hold_to_newest(core, request) };
+    let rules = &snapshot.config.attempts.rules;
+    let query = request.query();
+    let attempt = course.begin(&snapshot.fleet, &query, &permitted, rules, why, now, || fastrand::u64(..))?;
+    let endpoint = &snapshot.endpoints[attempt.choice.endpoint];
+    let span = record.attempt_begins(snapshot, &query, &attempt.choice, why, endpoint);
+    Ok(Begun { attempt, endpoint, span, number: course.attempts() - 1 })
+}
+
+impl Attempted<'_> {
+    fn grpc(&self) -> bool {
+        self.call.dialect == Dialect::Grpc
+    }
+
+    /// What a pick is asked.
+    fn query(&self) -> Query<'_> {
+        let affinity = self.route.affinity.as_ref().and_then(|affinity| match affinity {
+            Affinity::Tenant => Some(stable_hash(self.snapshot.tenants[self.ask.tenant].name.as_bytes())),
+            Affinity::Header(name) => self.head.headers.get(name).map(|value| stable_hash(value.as_bytes())),
+        });
+        Query {
+            client: Client { location: self.ask.location, hash: self.client },
+            model: self.model,
+            grpc: self.grpc(),
+            steering: &self.route.steering,
+            affinity,
+        }
+    }
+
+    fn outcome(&self, result: &Result<Answer, Failure>, whole: bool) -> Outcome {
+        match result {
+            Ok(answer) => Outcome::Status(answer.status()),
+            Err(Failure::Deadline) if self.own_deadline && whole => Outcome::TimedOut,
+            Err(failure) => failure.outcome(),
+        }
     }
 }
 
@@ -236,4 +234,35 @@ fn hold_to_newest(core: &Core, request: &Attempted<'_>) -> Permitted {
         return request.permitted;
     }
     policy::hold_to(&newest, request.snapshot, request.permitted, &request.ask)
+}
+
+/// The digest by which a request that broke two endpoints is known again: of one tenant, so that nobody can have another's
+/// requests refused, and by a key of this process.
+fn digest(core: &Core, request: &Attempted<'_>, body: &Received) -> u64 {
+    let tenant = &*request.snapshot.tenants[request.ask.tenant].name;
+    let path = request.head.uri.path_and_query().map_or("", |path| path.as_str());
+    core.shared.digests.hash_one((tenant, path, body.chunks()))
+}
+
+/// Tells what an attempt did to its endpoint.
+fn tell(endpoint: &Endpoint, outcome: Outcome, told: Option<Told>) {
+    let (region, address, outcome) = (&endpoint.config.region, endpoint.name(), outcome.as_str());
+    match told {
+        None => {}
+        Some(Told::Ejected(length)) => {
+            tracing::warn!(%region, endpoint = address, outcome, seconds = length.as_secs_f32(), "endpoint ejected");
+        }
+        Some(Told::Condemned) => {
+            tracing::warn!(%region, endpoint = address, outcome, "endpoint down until its probes find it");
+        }
+        Some(Told::Paused(length)) => {
+            let seconds = length.as_secs_f32();
+            tracing::warn!(%region, endpoint = address, outcome, seconds, "endpoint overloaded; left alone for a while");
+        }
+    }
+}
+
+/// Now, and an instant on tokio's clock as a time on the live state's.
+fn instant(core: &Core, at: Time) -> Instant {
+    Instant::now() + at.since(core.now())
 }

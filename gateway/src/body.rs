@@ -6,11 +6,13 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{HeaderMap, HeaderValue};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
+use serde_json::json;
 use tokio::time::Sleep;
 
+use crate::attempt::Frames;
 use crate::call::{self, BodyMode, Call, ModelIn};
 use crate::error::Error;
 use crate::respond::Finish;
@@ -82,6 +84,12 @@ impl Received {
         RequestBody { chunks: self.chunks.clone(), next: 0, rest, trailers: self.trailers.clone() }
     }
 
+    /// The body once more, of a request whose body is whole.
+    pub(crate) fn again(&self) -> RequestBody {
+        debug_assert!(self.is_whole(), "a body that cannot be sent again");
+        RequestBody { chunks: self.chunks.clone(), next: 0, rest: None, trailers: self.trailers.clone() }
+    }
+
     /// Takes back a body of which nothing was sent.
     pub(crate) fn put_back(&mut self, unsent: Option<Box<RequestBody>>) {
         if let Some(unsent) = unsent {
@@ -92,6 +100,9 @@ impl Received {
     }
 }
 
+/// The model that a call names, and its version if that is named too.
+pub(crate) type Named = (Box<str>, Option<Box<str>>);
+
 /// Receives as much of a body as its call needs before it can be sent on, and the model that it names.
 ///
 /// # Errors
@@ -100,7 +111,7 @@ pub(crate) async fn receive(
     body: Incoming,
     call: &Call,
     limits: ReceiveLimits,
-) -> Result<(Received, Option<Box<str>>), Error> {
+) -> Result<(Received, Option<Named>), Error> {
     if body.is_end_stream() {
         let received = Received { chunks: Chunks::One(None), rest: None, gone: false, trailers: None };
         return model(&received, call).map(|model| (received, model));
@@ -188,19 +199,20 @@ fn joined(chunks: &[Bytes], one: &Option<Bytes>) -> Bytes {
 }
 
 /// The model that the call names.
-fn model(received: &Received, call: &Call) -> Result<Option<Box<str>>, Error> {
+fn model(received: &Received, call: &Call) -> Result<Option<Named>, Error> {
     let contiguous = || match received.chunks() {
         [one] => one.clone(),
         many => many.concat().into(),
     };
     match &call.model {
         ModelIn::None => Ok(None),
-        ModelIn::Path(name) => Ok(Some(name.clone())),
-        ModelIn::JsonBody => call::model_in_json(&contiguous()).map(|name| Some(name.into())),
-        ModelIn::FirstMessage => match call::model_in_message(&contiguous())? {
-            Some(name) => Ok(Some(name.into())),
-            None => Err(Error::Malformed("the first message names no model")),
-        },
+        ModelIn::Path(name) => Ok(Some((name.clone(), call.version.clone()))),
+        ModelIn::JsonBody => call::model_in_json(&contiguous()).map(|name| Some((name.into(), None))),
+        ModelIn::FirstMessage => {
+            let message = contiguous();
+            let name = call::model_in_message(&message)?.ok_or(Error::Malformed("the first message names no model"))?;
+            Ok(Some((name.into(), call::version_in_message(&message).map(Into::into))))
+        }
     }
 }
 
@@ -261,23 +273,38 @@ impl Body for RequestBody {
     }
 }
 
-/// The body of an answer: the gateway's own words, or an endpoint's frames. At its end, however that comes, the
-/// request's last things are done: the connection goes back to its pool, the load falls, the line is logged.
+/// The body of an answer: the gateway's own words, or an endpoint's frames, read already or as they come. At its end,
+/// however that comes, the request's last things are done: the connection goes back to its pool, the load falls, the line is
+/// logged.
 #[derive(Debug)]
 pub(crate) struct ResponseBody {
-    source: Source,
+    /// What has been read already, from `next` on.
+    frames: Frames,
+    next: usize,
+    rest: Option<Rest>,
+    trailers: Option<HeaderMap>,
     finish: Option<Box<Finish>>,
 }
 
+/// The part of an endpoint's answer that is passed on as it comes.
 #[derive(Debug)]
-enum Source {
-    Own(Option<Bytes>),
-    Endpoint {
-        body: Incoming,
-        /// Set while a frame is waited for. Most answers come in one piece and never have it.
-        silence: Option<Pin<Box<Sleep>>>,
-        silence_max: Duration,
-    },
+struct Rest {
+    body: Incoming,
+    /// Set while a frame is waited for. Most answers come in one piece and never have it.
+    silence: Option<Pin<Box<Sleep>>>,
+    silence_max: Duration,
+    in_band: InBand,
+}
+
+/// How a stream that breaks off says so: a truncated success would be the worst of all answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum InBand {
+    /// It has no words for it: the client's connection or stream is broken off too.
+    None,
+    /// Server-sent events: one more event, in the caller's dialect.
+    Events { openai: bool, line_ended: bool },
+    /// gRPC: trailers with a status.
+    Grpc,
 }
 
 /// Why an answer breaks off.
@@ -290,20 +317,85 @@ pub(crate) enum AnswerError {
 }
 
 impl ResponseBody {
-    pub(crate) fn own(bytes: Bytes, mut finish: Box<Finish>) -> ResponseBody {
-        // hyper does not ask an empty body for frames.
-        if bytes.is_empty() {
-            finish.complete();
-        }
-        ResponseBody { source: Source::Own(Some(bytes)), finish: Some(finish) }
+    /// A body that is at hand.
+    pub(crate) fn whole(frames: Frames, trailers: Option<HeaderMap>, finish: Box<Finish>) -> ResponseBody {
+        ResponseBody { frames, next: 0, rest: None, trailers, finish: Some(finish) }.begun()
     }
 
-    /// `silence_max` is the longest wait between two frames.
-    pub(crate) fn endpoint(body: Incoming, mut finish: Box<Finish>, silence_max: Duration) -> ResponseBody {
-        if body.is_end_stream() {
+    /// A body that comes from an endpoint, as far as it has not been read. `silence_max` is the longest wait between two
+    /// frames.
+    pub(crate) fn stream(
+        frames: Frames,
+        body: Incoming,
+        in_band: InBand,
+        finish: Box<Finish>,
+        silence_max: Duration,
+    ) -> ResponseBody {
+        let rest = Rest { body, silence: None, silence_max, in_band };
+        ResponseBody { frames, next: 0, rest: Some(rest), trailers: None, finish: Some(finish) }.begun()
+    }
+
+    /// hyper does not ask an empty body for frames.
+    fn begun(mut self) -> ResponseBody {
+        if self.is_end_stream() {
+            self.complete();
+        }
+        self
+    }
+
+    fn complete(&mut self) {
+        if let Some(mut finish) = self.finish.take() {
             finish.complete();
         }
-        ResponseBody { source: Source::Endpoint { body, silence: None, silence_max }, finish: Some(finish) }
+    }
+
+    /// The endpoint broke off in the middle.
+    fn broken(&mut self, error: AnswerError) -> Option<Result<Frame<Bytes>, AnswerError>> {
+        let in_band = self.rest.take().map_or(InBand::None, |rest| rest.in_band);
+        if let Some(mut finish) = self.finish.take() {
+            finish.broken();
+        }
+        match in_band {
+            InBand::None => Some(Err(error)),
+            InBand::Events { openai, line_ended } => {
+                let words = Error::Broken.to_string();
+                let error = if openai {
+                    json!({ "message": words, "type": "server_error", "code": Error::Broken.code() })
+                } else {
+                    json!(words)
+                };
+                // An event that was cut off is ended first, so that this one is not taken for a part of it.
+                let before = if line_ended { "" } else { "\n\n" };
+                let event = format!("{before}data: {}\n\n", json!({ "error": error }));
+                Some(Ok(Frame::data(event.into())))
+            }
+            InBand::Grpc => {
+                let mut trailers = HeaderMap::new();
+                trailers.insert("grpc-status", HeaderValue::from(u16::from(Error::Broken.grpc_code())));
+                if let Ok(words) = HeaderValue::try_from(Error::Broken.to_string()) {
+                    trailers.insert("grpc-message", words);
+                }
+                Some(Ok(Frame::trailers(trailers)))
+            }
+        }
+    }
+}
+
+impl Rest {
+    fn poll_frame(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, AnswerError>>> {
+        match Pin::new(&mut self.body).poll_frame(context) {
+            Poll::Ready(frame) => {
+                self.silence = None;
+                if let (InBand::Events { line_ended, .. }, Some(Ok(frame))) = (&mut self.in_band, &frame) {
+                    *line_ended = frame.data_ref().is_none_or(|data| data.last() == Some(&b'\n'));
+                }
+                Poll::Ready(frame.map(|frame| frame.map_err(AnswerError::Broken)))
+            }
+            Poll::Pending => {
+                let silence = self.silence.get_or_insert_with(|| Box::pin(tokio::time::sleep(self.silence_max)));
+                silence.as_mut().poll(context).map(|()| Some(Err(AnswerError::Silent)))
+            }
+        }
     }
 }
 
@@ -315,55 +407,46 @@ impl Body for ResponseBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, AnswerError>>> {
-        let polled = match &mut self.source {
-            Source::Own(bytes) => {
-                Poll::Ready(bytes.take().filter(|bytes| !bytes.is_empty()).map(|bytes| Ok(Frame::data(bytes))))
-            }
-            Source::Endpoint { body, silence, silence_max } => match Pin::new(body).poll_frame(context) {
-                Poll::Ready(frame) => {
-                    *silence = None;
-                    Poll::Ready(frame.map(|frame| frame.map_err(AnswerError::Broken)))
-                }
-                Poll::Pending => {
-                    let silence = silence.get_or_insert_with(|| Box::pin(tokio::time::sleep(*silence_max)));
-                    silence.as_mut().poll(context).map(|()| Some(Err(AnswerError::Silent)))
-                }
-            },
+        let this = &mut *self;
+        let frame = if let Some(frame) = this.frames.get_mut(this.next) {
+            this.next += 1;
+            Some(Ok(Frame::data(std::mem::take(frame))))
+        } else if let Some(rest) = &mut this.rest {
+            std::task::ready!(rest.poll_frame(context))
+        } else {
+            this.trailers.take().map(|trailers| Ok(Frame::trailers(trailers)))
         };
-        let ended = match &polled {
-            Poll::Pending => false,
-            Poll::Ready(Some(Ok(frame))) => {
-                if let (Some(finish), Some(data)) = (&mut self.finish, frame.data_ref()) {
+        match frame {
+            Some(Ok(frame)) => {
+                if let (Some(finish), Some(data)) = (&mut this.finish, frame.data_ref()) {
                     finish.sent(data.len());
                 }
-                self.is_end_stream()
-            }
-            Poll::Ready(Some(Err(_))) => {
-                if let Some(finish) = &mut self.finish {
-                    finish.broken();
+                if this.is_end_stream() {
+                    this.complete();
                 }
-                false
+                Poll::Ready(Some(Ok(frame)))
             }
-            Poll::Ready(None) => true,
-        };
-        if ended && let Some(finish) = &mut self.finish {
-            finish.complete();
-            self.finish = None;
+            Some(Err(error)) => Poll::Ready(this.broken(error)),
+            None => {
+                this.complete();
+                Poll::Ready(None)
+            }
         }
-        polled
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.source {
-            Source::Own(bytes) => bytes.as_ref().is_none_or(Bytes::is_empty),
-            Source::Endpoint { body, .. } => body.is_end_stream(),
-        }
+        self.next >= self.frames.len()
+            && self.trailers.is_none()
+            && self.rest.as_ref().is_none_or(|rest| rest.body.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.source {
-            Source::Own(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
-            Source::Endpoint { body, .. } => body.size_hint(),
+        let kept = self.frames.iter().skip(self.next).map(|frame| frame.len() as u64).sum();
+        let Some(rest) = &self.rest else { return SizeHint::with_exact(kept) };
+        let hint = rest.body.size_hint();
+        match hint.exact() {
+            Some(rest) => SizeHint::with_exact(kept + rest),
+            None => SizeHint::default(),
         }
     }
 }

@@ -49,6 +49,8 @@ pub(crate) enum BodyMode {
 pub(crate) struct Call {
     pub(crate) dialect: Dialect,
     pub(crate) model: ModelIn,
+    /// The version, where the path names one.
+    pub(crate) version: Option<Box<str>>,
     pub(crate) body: BodyMode,
     /// Doing it twice does no harm. A body can still say otherwise: see [`may_be_sequence`].
     pub(crate) replayable: bool,
@@ -92,6 +94,7 @@ fn openai(head: &Parts) -> Result<Call, Error> {
     Ok(Call {
         dialect: Dialect::OpenAi,
         model: if list_models { ModelIn::None } else { ModelIn::JsonBody },
+        version: None,
         body: BodyMode::Whole,
         replayable,
         list_models,
@@ -127,7 +130,14 @@ fn oip(head: &Parts) -> Result<Call, Error> {
         _ => return Err(Error::NoRoute),
     };
     allow(head, &method)?;
-    Ok(Call { dialect: Dialect::Oip, model, body, replayable: true, list_models: false })
+    let version = match segments {
+        [Some("models"), _, Some("versions"), Some(version), ..] => match named(version)? {
+            ModelIn::Path(version) => Some(version),
+            _ => None,
+        },
+        _ => None,
+    };
+    Ok(Call { dialect: Dialect::Oip, model, version, body, replayable: true, list_models: false })
 }
 
 /// Each path takes one method. HEAD is for whoever takes GET (RFC 9110, section 9.3.2), but workers do not.
@@ -167,8 +177,9 @@ fn percent_decoded(segment: &str) -> Option<Cow<'_, str>> {
 /// The protocol's gRPC service (`inference.GRPCInferenceService`) and gRPC's own health service.
 fn grpc(head: &Parts) -> Result<Call, Error> {
     allow(head, &Method::POST)?;
-    let call =
-        |model, body, replayable| Ok(Call { dialect: Dialect::Grpc, model, body, replayable, list_models: false });
+    let call = |model, body, replayable| {
+        Ok(Call { dialect: Dialect::Grpc, model, version: None, body, replayable, list_models: false })
+    };
     let Some(method) = head.uri.path().strip_prefix("/inference.GRPCInferenceService/") else {
         return match head.uri.path() {
             "/grpc.health.v1.Health/Check" => call(ModelIn::None, BodyMode::Keep, true),
@@ -239,6 +250,19 @@ pub(crate) fn model_in_message(body: &[u8]) -> Result<Option<&str>, Error> {
     }
     // A message that has ended without the field has its default: no name, which no region declares.
     Ok(found.or(whole.then_some("")))
+}
+
+/// Field 2 of the protobuf message that the body begins with: the version, of each call that names a model in field 1.
+/// An empty one is none.
+pub(crate) fn version_in_message(body: &[u8]) -> Option<&str> {
+    let mut message = body.get(5..)?;
+    let mut found = None;
+    while let Ok(Some((number, bytes))) = field(&mut message) {
+        if number == 2 {
+            found = std::str::from_utf8(bytes).ok();
+        }
+    }
+    found.filter(|version| !version.is_empty())
 }
 
 /// Takes one field off the front: its number, and its bytes if it has a length. `None`: it is cut off.

@@ -10,7 +10,7 @@ mod document;
 
 mod file;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use ipnet::IpNet;
 use isochrone_core::geo::{Country, Location};
 use isochrone_core::region::Region;
 use isochrone_core::residency::Residency;
-use isochrone_core::{health, outlier, stall, steer};
+use isochrone_core::{course, live, stall, steer};
 
 pub use build::load;
 pub use document::Problem;
@@ -48,14 +48,20 @@ pub struct Config {
     pub geoip: Vec<Arc<Database>>,
     /// Locations above GeoIP, longest prefix first.
     pub overrides: Vec<(IpNet, Location)>,
-    /// How regions are scored.
-    pub steering: steer::Steering,
+    /// What distances mean.
+    pub geometry: steer::Geometry,
+    /// How some calls are treated, by model and tenant; the first that fits.
+    pub routes: Vec<Route>,
+    /// How the others are.
+    pub default_route: Route,
     /// (countries, zones that their clients are held to).
     pub country_rules: Vec<(Vec<Country>, Vec<Box<str>>)>,
     /// Active health.
     pub probes: Probes,
-    /// Passive health.
-    pub outlier: outlier::Rules,
+    /// How live state changes: health, ejection, capacity.
+    pub live: live::Rules,
+    /// The queue for requests that find every permitted endpoint full.
+    pub queue: Queue,
     /// When a silent endpoint is doubted.
     pub stall: stall::Rules,
     /// How a request is tried.
@@ -142,31 +148,61 @@ pub struct Probes {
     pub jitter: f32,
     /// The longest wait for an answer.
     pub timeout: Duration,
-    /// Results in a row that change the judgement.
-    pub thresholds: health::Thresholds,
-    /// The memory of the measured round trip.
-    pub decay: Duration,
+    /// How many times less often an endpoint is probed that real traffic vouches for, or that is far; at most.
+    pub relaxed: f32,
+}
+
+/// The queue for requests that find every permitted endpoint full.
+#[derive(Clone, Copy, Debug)]
+pub struct Queue {
+    /// The most that wait.
+    pub bound: usize,
+    /// The longest wait.
+    pub wait: Duration,
+}
+
+/// How some calls are treated.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// Calls of these models; empty: all.
+    pub models: BTreeSet<Box<str>>,
+    /// Of these tenants; empty: all.
+    pub tenants: BTreeSet<Box<str>>,
+    /// In which order regions are asked.
+    pub steering: steer::Steering,
+    /// From the request's head to the response's.
+    pub timeout: Duration,
+    /// Whether calls may be done twice, whatever their kind.
+    pub replay: Option<bool>,
+    /// What binds requests to one endpoint.
+    pub affinity: Option<Affinity>,
+    /// Whether and when a second attempt starts beside the first.
+    pub hedge: Option<stall::Hedge>,
+}
+
+/// What binds requests to one endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Affinity {
+    /// The tenant.
+    Tenant,
+    /// The value of a header.
+    Header(http::HeaderName),
 }
 
 /// How a request is tried.
 #[derive(Clone, Copy, Debug)]
 pub struct Attempts {
-    /// The most sends, the first included.
-    pub max: usize,
-    /// Extra attempts as a share of requests.
-    pub budget_share: f32,
-    /// Extra attempts a second beyond the share.
-    pub budget_floor: u32,
+    /// How many, and of what budget.
+    pub rules: course::Rules,
     /// The longest wait for a connection.
     pub connect_timeout: Duration,
-    /// From the request's head to the response's.
-    pub timeout: Duration,
     /// Bodies up to this many bytes can be sent again.
     pub replay_bytes: usize,
+    /// Answers up to this many bytes are read whole before the client gets any of them.
+    pub answer_bytes: usize,
+    /// How long a request that broke two endpoints is refused.
+    pub poison_for: Duration,
 }
-
-/// The most attempts that a configuration may ask for.
-pub const ATTEMPTS_MAX: usize = 8;
 
 /// Bounds on what clients may do.
 #[derive(Clone, Copy, Debug)]
@@ -218,8 +254,8 @@ pub struct RegionConfig {
     pub region: Region,
     /// Its endpoints.
     pub endpoints: Vec<EndpointConfig>,
-    /// The models that it serves.
-    pub models: BTreeSet<Box<str>>,
+    /// The models that it serves, with their versions; no version: all.
+    pub models: BTreeMap<Box<str>, BTreeSet<Box<str>>>,
 }
 
 /// One endpoint of a region.

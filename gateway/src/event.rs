@@ -4,14 +4,17 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
 
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
+use isochrone_core::course::{NotBegun, Why};
 use isochrone_core::geo::Location;
-use isochrone_core::pick::Choice;
+use isochrone_core::pick::{Choice, Nobody, Query};
+use isochrone_core::region::RegionIndex;
 use isochrone_core::retry::Outcome;
-use isochrone_core::steer::Policy;
+use isochrone_core::steer::Score;
 use isochrone_telemetry::{SPANS, timestamp, trace};
 use serde::Serialize;
 use smallvec::SmallVec;
@@ -36,22 +39,20 @@ pub(crate) struct Record {
     pub(crate) request_id: HeaderValue,
     /// The server span; none if the request is not sampled.
     pub(crate) span: Span,
-    /// Sends so far.
-    pub(crate) attempts: u8,
-    /// Where the answer is from, or the last attempt went, and why.
-    pub(crate) decision: Decision,
+    /// The attempts so far.
+    pub(crate) attempts: SmallVec<[Tried; 1]>,
+    /// Which of them the client gets, or the last.
+    decided: usize,
+    undecided: Decision,
     pub(crate) started: Instant,
     /// When the head of the answer came.
     pub(crate) answered: Option<Instant>,
-    attempt_began: Instant,
     method: Method,
     uri: Uri,
     client_ip: Option<IpAddr>,
     location: Location,
     tenant: Option<Arc<str>>,
     model: Option<Arc<str>>,
-    /// (region, outcome) of each attempt.
-    outcomes: SmallVec<[(Arc<str>, &'static str); 2]>,
     status: StatusCode,
     error: Option<&'static str>,
     bytes: u64,
@@ -63,10 +64,17 @@ pub(crate) struct Record {
 }
 
 /// Where a request went, and why, in the words of `explain`.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Decision {
-    pub(crate) region: Option<Arc<str>>,
+    pub(crate) region: Arc<str>,
     pub(crate) reason: String,
+}
+
+/// One attempt.
+#[derive(Debug)]
+pub(crate) struct Tried {
+    pub(crate) decision: Decision,
+    outcome: Option<&'static str>,
 }
 
 /// A client that has left before there was an answer. The number is nginx's; no client ever sees it.
@@ -90,7 +98,7 @@ struct Line<'a> {
     tenant: Option<&'a str>,
     model: Option<&'a str>,
     region: Option<&'a str>,
-    attempts: u8,
+    attempts: usize,
     outcomes: Vec<(&'a str, &'a str)>,
     reason: &'a str,
     duration_ms: f64,
@@ -109,18 +117,17 @@ impl Record {
         Record {
             request_id: request_id(&head.headers),
             span: server_span(snapshot, peer, head),
-            attempts: 0,
-            decision: Decision::default(),
+            attempts: SmallVec::new(),
+            decided: 0,
+            undecided: Decision { region: Arc::clone(&core.shared.nowhere), reason: String::new() },
             started,
             answered: None,
-            attempt_began: started,
             method: head.method.clone(),
             uri: head.uri.clone(),
             client_ip: None,
             location: Location::UNKNOWN,
             tenant: None,
             model: None,
-            outcomes: SmallVec::new(),
             status: StatusCode::from_u16(CLIENT_LEFT).unwrap_or(StatusCode::BAD_REQUEST),
             error: None,
             bytes: 0,
@@ -167,85 +174,121 @@ impl Record {
     }
 
     /// An attempt begins. Gives its span, as a child of which the endpoint's own will appear.
-    pub(crate) fn attempt_begins(&mut self, snapshot: &Snapshot, choice: &Choice, endpoint: &Endpoint) -> Span {
-        self.attempts += 1;
-        self.attempt_began = Instant::now();
-        let policy = snapshot.config.steering.policy_for(self.location.point);
-        let region = &snapshot.regions[choice.region.get()].name;
-        // Roomy enough for the usual one, so that it is allocated once.
-        let mut reason = String::with_capacity(128);
-        let score = &choice.score;
-        let country = self.location.country;
+    pub(crate) fn attempt_begins(
+        &mut self,
+        snapshot: &Snapshot,
+        query: &Query<'_>,
+        choice: &Choice,
+        why: Why<'_>,
+        endpoint: &Endpoint,
+    ) -> Span {
+        let name = |region: RegionIndex| &*snapshot.regions[region.get()].name;
+        let before = self.attempts.last();
+        let policy = query.steering.policy_for(query.client.location.point);
+        let country = query.client.location.country;
         let country = country.as_ref().map_or("??", |country| country.as_str());
-        push(&mut reason, &[policy.as_str(), " ", region, " "]);
-        text::push_tenths(&mut reason, score.total_ms());
-        match policy {
-            Policy::Nearest => {
-                reason.push_str("ms (distance ");
-                text::push_tenths(&mut reason, score.distance_ms);
-                reason.push_str(" + excess ");
-                text::push_tenths(&mut reason, score.excess_ms);
+        // Roomy enough for the usual one, so that it is allocated once.
+        let mut reason = String::with_capacity(160);
+        push(&mut reason, &[policy.as_str(), " ", name(choice.region), " "]);
+        score(&mut reason, &choice.score, query.steering.by_distance(query.client.location.point));
+        push(&mut reason, &["; client ", country, " by ", query.client.location.source.as_str()]);
+        match (why, before) {
+            (Why::Slow, Some(before)) => push(&mut reason, &["; beside slow ", &before.decision.region]),
+            (Why::Hedge(_), Some(before)) => push(&mut reason, &["; hedge of ", &before.decision.region]),
+            (Why::Needed, Some(Tried { decision, outcome: Some(outcome) })) => {
+                push(&mut reason, &["; after ", &decision.region, " ", outcome]);
             }
-            Policy::Latency => {
-                reason.push_str("ms (probe ");
-                text::push_tenths(&mut reason, score.probe_ms);
-            }
+            _ => {}
         }
-        push(&mut reason, &["); client ", country, " by ", self.location.source.as_str()]);
-        if let Some((region, outcome)) = self.outcomes.last() {
-            push(&mut reason, &["; after ", region, " ", outcome]);
+        if let Some((region, why)) = choice.instead_of {
+            push(&mut reason, &["; ", name(region), " ", why.as_str()]);
         }
         if choice.panic {
             reason.push_str("; panic");
         }
-        self.decision = Decision { region: Some(Arc::clone(region)), reason };
+        let region = Arc::clone(&snapshot.regions[choice.region.get()].name);
+        self.core.shared.counts.begun(&region, why);
+        self.decided = self.attempts.len();
+        self.attempts.push(Tried { decision: Decision { region, reason }, outcome: None });
         if self.span.is_none() {
             return Span::none();
         }
+        let Decision { region, reason } = self.decision();
         drop(info_span!(target: SPANS, parent: &self.span, "pick", "isochrone.region" = &**region,
-            "isochrone.reason" = self.decision.reason.as_str()));
+            "isochrone.reason" = reason.as_str()));
+        let kind = match why {
+            Why::Needed => "needed",
+            Why::Slow => "slow",
+            Why::Hedge(_) => "hedge",
+        };
         info_span!(target: SPANS, parent: &self.span, "attempt", "otel.kind" = "client",
-            "isochrone.attempt" = self.attempts, "isochrone.region" = &**region,
-            "isochrone.endpoint" = endpoint.name(), "server.address" = endpoint.name(),
+            "isochrone.attempt" = self.attempts.len(), "isochrone.region" = &**region,
+            "isochrone.endpoint" = endpoint.name(), "server.address" = endpoint.name(), "isochrone.attempt.why" = kind,
             "isochrone.outcome" = field::Empty, "http.response.status_code" = field::Empty,
             "otel.status_code" = field::Empty, "otel.status_description" = field::Empty)
     }
 
-    /// The attempt has ended.
+    /// The attempt of this number, from 0, has ended.
     pub(crate) fn attempt_ended(
         &mut self,
         span: &Span,
         endpoint: &Endpoint,
+        number: usize,
         outcome: Outcome,
+        took: Duration,
         failure: Option<&Failure>,
     ) {
-        self.outcomes.push((Arc::clone(&endpoint.config.region), outcome.as_str()));
-        self.core.shared.counts.attempt(
-            &endpoint.config.region,
-            outcome,
-            self.attempts > 1,
-            self.attempt_began.elapsed(),
-        );
+        if let Some(tried) = self.attempts.get_mut(number) {
+            tried.outcome = Some(outcome.as_str());
+        }
+        self.core.shared.counts.attempt(&endpoint.config.region, outcome, number > 0, took);
         span.record("isochrone.outcome", outcome.as_str());
         if let Outcome::Status(status) = outcome {
             span.record("http.response.status_code", status);
         }
         if let Some(failure) = failure {
-            let why = match failure {
-                Failure::Send(error) => error.to_string(),
-                Failure::Hung => "silent, and no answer to a question about its health".to_owned(),
-                Failure::Deadline => "no answer within the deadline".to_owned(),
-            };
+            let why = failure.why();
             span.record("otel.status_code", "ERROR");
             span.record("otel.status_description", why.as_str());
             tracing::info!(region = %endpoint.config.region, endpoint = endpoint.name(), outcome = outcome.as_str(), why,
-                request_id = self.request_id.to_str().unwrap_or_default(), attempt = self.attempts, "attempt failed");
+                request_id = self.request_id.to_str().unwrap_or_default(), attempt = number + 1, "attempt failed");
         }
     }
 
-    /// A further attempt would have been possible but for the budget.
-    pub(crate) fn budget_spent(&mut self) {
-        self.decision.reason.push_str("; retry budget spent");
+    /// No attempt began. If one would have been possible but for the budget, that is part of the reason.
+    pub(crate) fn not_begun(&mut self, why: NotBegun) {
+        let words = match why {
+            NotBegun::BudgetSpent => "; retry budget spent",
+            NotBegun::Nobody(Nobody::Full) => "; all full",
+            NotBegun::Nobody(Nobody::Left) | NotBegun::NotWorthIt | NotBegun::Enough => return,
+        };
+        match self.attempts.get_mut(self.decided) {
+            Some(tried) => tried.decision.reason.push_str(words),
+            None => self.undecided.reason.push_str(words.trim_start_matches("; ")),
+        }
+    }
+
+    /// The answer that the client gets is that of the attempt of this number.
+    pub(crate) fn decided(&mut self, number: usize) {
+        self.decided = number;
+    }
+
+    /// Where the answer is from, or the last attempt went, and why.
+    pub(crate) fn decision(&self) -> &Decision {
+        self.attempts.get(self.decided).map_or(&self.undecided, |tried| &tried.decision)
+    }
+
+    /// The request broke two endpoints.
+    pub(crate) fn poisonous(&mut self) {
+        let (request_id, tenant) = (self.request_id.to_str().unwrap_or_default(), self.tenant.as_deref());
+        self.core.shared.counts.poisonous.fetch_add(1, Relaxed);
+        tracing::error!(
+            request_id,
+            tenant,
+            path = self.uri.path(),
+            "query of death: two endpoints broke off while they \
+            had it; it is not sent to a third, and refused for a while"
+        );
     }
 
     /// The head of the answer is known.
@@ -258,9 +301,9 @@ impl Record {
         }
         self.span.record("http.response.status_code", status.as_u16());
         self.span.record("isochrone.request_id", self.request_id.to_str().unwrap_or_default());
-        self.span.record("isochrone.attempts", self.attempts);
-        self.span.record("isochrone.reason", self.decision.reason.as_str());
-        self.span.record("isochrone.region", self.decision.region.as_deref().unwrap_or_default());
+        self.span.record("isochrone.attempts", self.attempts.len());
+        self.span.record("isochrone.reason", self.decision().reason.as_str());
+        self.span.record("isochrone.region", &*self.decision().region);
         if let Some(error) = self.error {
             self.span.record("error.type", error);
         }
@@ -305,10 +348,14 @@ impl Record {
             location_source: self.location.source.as_str(),
             tenant: self.tenant.as_deref(),
             model: self.model.as_deref(),
-            region: self.decision.region.as_deref(),
-            attempts: self.attempts,
-            outcomes: self.outcomes.iter().map(|(region, outcome)| (&**region, *outcome)).collect(),
-            reason: &self.decision.reason,
+            region: Some(&*self.decision().region).filter(|region| !region.is_empty()),
+            attempts: self.attempts.len(),
+            outcomes: self
+                .attempts
+                .iter()
+                .map(|tried| (&*tried.decision.region, tried.outcome.unwrap_or("ended")))
+                .collect(),
+            reason: &self.decision().reason,
             duration_ms: milliseconds(duration),
             answer_ms: self.answered.map(|at| milliseconds(at - self.started)),
             bytes: self.bytes,
@@ -328,6 +375,27 @@ impl Drop for Record {
         // The client left: before the answer, or in the middle of it.
         self.end(false);
     }
+}
+
+/// The score of a region and its parts, without those that a policy does not use.
+fn score(reason: &mut String, score: &Score, by_distance: bool) {
+    text::push_tenths(reason, score.total_ms());
+    let parts: [(&str, f32); 2] = if by_distance {
+        [("ms (distance ", score.distance_ms), (" + excess ", score.excess_ms)]
+    } else {
+        [("ms (probe ", score.probe_ms), ("", 0.0)]
+    };
+    for (name, ms) in parts.into_iter().filter(|(name, _)| !name.is_empty()) {
+        reason.push_str(name);
+        text::push_tenths(reason, ms);
+    }
+    for (name, ms) in [(" + wait ", score.wait_ms), (" + service ", score.service_ms)] {
+        if ms >= 0.05 {
+            reason.push_str(name);
+            text::push_tenths(reason, ms);
+        }
+    }
+    reason.push(')');
 }
 
 fn push(text: &mut String, parts: &[&str]) {

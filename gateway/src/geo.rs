@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use isochrone_core::geo::{Country, Location, Point};
+use isochrone_core::steer::stable_hash;
 use maxminddb::{Reader, WithinOptions};
 use serde::Deserialize;
 
@@ -114,6 +115,15 @@ fn schema(reader: &Reader<Vec<u8>>) -> Result<Schema, String> {
         }
     }
     Err(format!("its type is `{kind}` and its records name no country; a City or Country database is needed"))
+}
+
+/// A number for the client's address prefix (/24 or /48) that is the same at every gateway: by it clients are moved a few at
+/// a time, and spread by weight.
+pub(crate) fn client_hash(address: IpAddr) -> u64 {
+    match address {
+        IpAddr::V4(address) => stable_hash(&address.octets()[..3]),
+        IpAddr::V6(address) => stable_hash(&address.octets()[..6]),
+    }
 }
 
 /// Locates a client.

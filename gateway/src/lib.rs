@@ -26,9 +26,9 @@ mod geo;
 
 mod policy;
 
-mod pick;
-
 mod attempt;
+
+mod load_report;
 
 mod upstream;
 

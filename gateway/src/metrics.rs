@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use http::StatusCode;
+use isochrone_core::course::Why;
 use isochrone_core::retry::Outcome;
 use parking_lot::RwLock;
 
@@ -25,17 +26,32 @@ pub(crate) struct Counts {
     pub(crate) connections: AtomicU64,
     pub(crate) handshake_failures: AtomicU64,
     pub(crate) panics: AtomicU64,
+    pub(crate) poisonous: AtomicU64,
 }
 
 #[derive(Debug, Default)]
 struct RegionCounts {
     outcomes: [AtomicU64; OUTCOMES.len()],
     retries: AtomicU64,
+    slow: AtomicU64,
+    hedges: AtomicU64,
     durations: Histogram,
 }
 
-const OUTCOMES: [&str; 9] =
-    ["ok", "unavailable", "server_error", "connect_failed", "refused", "reset", "hung", "timed_out", "client_body"];
+const OUTCOMES: [&str; 12] = [
+    "ok",
+    "unavailable",
+    "server_error",
+    "connect_failed",
+    "refused",
+    "reset",
+    "broken",
+    "hung",
+    "outrun",
+    "cancelled",
+    "timed_out",
+    "client_body",
+];
 
 #[derive(Debug, Default)]
 struct Histogram {
@@ -70,12 +86,29 @@ impl Counts {
         self.durations.observe(duration);
     }
 
-    pub(crate) fn attempt(&self, region: &str, outcome: Outcome, retry: bool, duration: Duration) {
-        if let Some(counts) = self.regions.read().get(region) {
-            return counts.attempt(outcome, retry, duration);
+    /// An attempt begins. Those that are needed are counted when they end.
+    pub(crate) fn begun(&self, region: &str, why: Why<'_>) {
+        match why {
+            Why::Needed => {}
+            Why::Slow => self.of(region, |counts| add(&counts.slow)),
+            Why::Hedge(_) => self.of(region, |counts| add(&counts.hedges)),
         }
-        self.regions.write().entry(region.into()).or_default().attempt(outcome, retry, duration);
     }
+
+    pub(crate) fn attempt(&self, region: &str, outcome: Outcome, retry: bool, duration: Duration) {
+        self.of(region, |counts| counts.attempt(outcome, retry, duration));
+    }
+
+    fn of(&self, region: &str, count: impl Fn(&RegionCounts)) {
+        if let Some(counts) = self.regions.read().get(region) {
+            return count(counts);
+        }
+        count(self.regions.write().entry(region.into()).or_default());
+    }
+}
+
+fn add(count: &AtomicU64) {
+    count.fetch_add(1, Relaxed);
 }
 
 impl RegionCounts {
@@ -121,11 +154,18 @@ pub(crate) fn text(shared: &Shared) -> String {
             }
         }
     });
-    family("isochrone_retries_total", "counter", "Sends to a region after a failed one.", &mut |text| {
-        for (region, counts) in regions.iter() {
-            let _ = writeln!(text, "isochrone_retries_total{{region=\"{region}\"}} {}", counts.retries.load(Relaxed));
-        }
-    });
+    let extras: [(&str, &str, fn(&RegionCounts) -> &AtomicU64); 3] = [
+        ("isochrone_retries_total", "Sends to a region beyond a request's first.", |counts| &counts.retries),
+        ("isochrone_slow_attempts_total", "Sends to a region beside a slow one.", |counts| &counts.slow),
+        ("isochrone_hedges_total", "Hedges sent to a region.", |counts| &counts.hedges),
+    ];
+    for (name, help, count) in extras {
+        family(name, "counter", help, &mut |text| {
+            for (region, counts) in regions.iter() {
+                let _ = writeln!(text, "{name}{{region=\"{region}\"}} {}", count(counts).load(Relaxed));
+            }
+        });
+    }
     family(
         "http_client_request_duration_seconds",
         "histogram",
@@ -141,32 +181,39 @@ pub(crate) fn text(shared: &Shared) -> String {
         ("isochrone_endpoint_asserted", "Whether the endpoint has proven to stand in its region.", 1),
         ("isochrone_endpoint_ejected", "Whether failed requests keep the endpoint out.", 2),
         ("isochrone_endpoint_in_flight", "Requests sent and not ended.", 3),
+        ("isochrone_endpoint_overloaded", "Whether its overload replies keep requests away.", 4),
     ] {
         family(name, "gauge", help, &mut |text| {
             for endpoint in &snapshot.endpoints {
                 let value = match value {
-                    0 => usize::from(endpoint.is_healthy()),
-                    1 => usize::from(endpoint.is_asserted()),
-                    2 => usize::from(endpoint.is_ejected(now)),
-                    _ => endpoint.in_flight(),
+                    0 => u32::from(endpoint.live.is_healthy()),
+                    1 => u32::from(endpoint.live.is_asserted()),
+                    2 => u32::from(endpoint.live.is_ejected(now)),
+                    3 => endpoint.live.in_flight(),
+                    _ => u32::from(endpoint.live.is_paused(now)),
                 };
                 let (region, address) = (&endpoint.config.region, endpoint.name());
                 let _ = writeln!(text, "{name}{{region=\"{region}\",endpoint=\"{address}\"}} {value}");
             }
         });
     }
-    family("isochrone_probe_round_trip_seconds", "gauge", "The round trip as steering sees it.", &mut |text| {
-        for endpoint in &snapshot.endpoints {
-            if let Some(ms) = endpoint.round_trip_ms() {
-                let (region, address) = (&endpoint.config.region, endpoint.name());
-                let seconds = f64::from(ms) / 1000.0;
-                let _ = writeln!(
-                    text,
-                    "isochrone_probe_round_trip_seconds{{region=\"{region}\",endpoint=\"{address}\"}} {seconds}"
-                );
+    family(
+        "isochrone_probe_round_trip_seconds",
+        "gauge",
+        "The mean round trip of an endpoint's probes.",
+        &mut |text| {
+            for endpoint in &snapshot.endpoints {
+                if let Some(ms) = endpoint.live.round_trip_ms() {
+                    let (region, address) = (&endpoint.config.region, endpoint.name());
+                    let seconds = f64::from(ms) / 1000.0;
+                    let _ = writeln!(
+                        text,
+                        "isochrone_probe_round_trip_seconds{{region=\"{region}\",endpoint=\"{address}\"}} {seconds}"
+                    );
+                }
             }
-        }
-    });
+        },
+    );
     let state = shared.config_state.lock();
     family("isochrone_config_info", "gauge", "The revision in force.", &mut |text| {
         let _ = writeln!(text, "isochrone_config_info{{revision=\"{}\"}} 1", snapshot.config.revision);
@@ -188,6 +235,17 @@ pub(crate) fn text(shared: &Shared) -> String {
         ("isochrone_connections_total", "Client connections accepted.", counts.connections.load(Relaxed)),
         ("isochrone_handshake_failures_total", "TLS handshakes that failed.", counts.handshake_failures.load(Relaxed)),
         ("isochrone_panics_total", "Requests that ended in a panic, answered 500.", counts.panics.load(Relaxed)),
+        ("isochrone_queries_of_death_total", "Requests that broke two endpoints.", counts.poisonous.load(Relaxed)),
+        (
+            "isochrone_queries_of_death_refused_total",
+            "Requests refused because an equal one broke two endpoints.",
+            snapshot.fleet.poison.refused() as u64,
+        ),
+        (
+            "isochrone_queue_shed_total",
+            "Requests refused because the queue for a full fleet was full.",
+            snapshot.fleet.waiting.shed() as u64,
+        ),
         ("isochrone_log_dropped_total", "Log lines dropped because their buffer was full.", shared.log.dropped()),
     ] {
         family(name, "counter", help, &mut |text| {

@@ -1,7 +1,5 @@
 //! Permission: the rules of the tenant, the country and the model turned into the set of regions that may see the request.
 
-use std::sync::Arc;
-
 use isochrone_core::geo::Location;
 use isochrone_core::region::RegionSet;
 use isochrone_core::residency::{Permitted, permit as permit_regions};
@@ -10,14 +8,15 @@ use crate::body::Received;
 use crate::call::{Call, ModelIn};
 use crate::error::Error;
 use crate::identity::Caller;
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Model, Snapshot};
 
 /// What is asked, as far as the rules care.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ask<'a> {
     pub(crate) tenant: usize,
     pub(crate) location: &'a Location,
-    pub(crate) model: Option<&'a Arc<str>>,
+    /// The model's name, and the version if the call names one.
+    pub(crate) model: Option<(&'a str, Option<&'a str>)>,
 }
 
 /// Refuses, before any of the body is read, a tenant whose data may not be where this gateway stands.
@@ -32,8 +31,8 @@ pub(crate) fn admit(snapshot: &Snapshot, caller: &Caller) -> Result<(), Error> {
 ///
 /// # Errors
 /// A model that no region declares, or that is not for this tenant.
-pub(crate) fn model<'s>(snapshot: &'s Snapshot, caller: &Caller, name: &str) -> Result<&'s Arc<str>, Error> {
-    let (known, _) = snapshot.model(name).ok_or(Error::UnknownModel)?;
+pub(crate) fn model<'s>(snapshot: &'s Snapshot, caller: &Caller, name: &str) -> Result<&'s Model, Error> {
+    let known = snapshot.models.get(name).ok_or(Error::UnknownModel)?;
     let tenant = &snapshot.config.tenants[caller.tenant];
     if tenant.models.is_empty() || tenant.models.contains(name) { Ok(known) } else { Err(Error::ModelForbidden) }
 }
@@ -53,7 +52,9 @@ pub(crate) fn certain(snapshot: &Snapshot, caller: &Caller, call: &Call, body: &
 /// # Errors
 /// No region may see the request.
 pub(crate) fn permit(snapshot: &Snapshot, ask: &Ask<'_>) -> Result<Permitted, Error> {
-    let declaring = ask.model.map(|model| snapshot.model(model).map_or(RegionSet::EMPTY, |(_, declaring)| declaring));
+    let declaring = ask
+        .model
+        .map(|(name, version)| snapshot.models.get(name).map_or(RegionSet::EMPTY, |model| model.declaring(version)));
     let tenant = &snapshot.tenants[ask.tenant].rule;
     Ok(permit_regions(snapshot.all_regions, declaring, tenant, &snapshot.country_rules, ask.location)?)
 }

@@ -54,20 +54,22 @@ async fn probe(shared: Arc<Shared>, endpoint: Arc<Endpoint>) {
         let rules = shared.snapshot.load().config.probes;
         let result = tokio::time::timeout(rules.timeout, ask(&endpoint)).await;
         let result = result.unwrap_or_else(|_| ProbeResult::Silent(format!("no answer within {:?}", rules.timeout)));
-        let changed = endpoint.probed(result, shared.now(), &shared.snapshot.load().config);
+        let changed = endpoint.probed(result, shared.now(), &shared.snapshot.load().config.live);
         if let Some(change) = changed {
             tell(&endpoint, &change);
         }
-        tokio::time::sleep(jittered(&rules)).await;
+        let relaxation = endpoint.live.relaxation(rules.interval, rules.relaxed, shared.now());
+        tokio::time::sleep(jittered(&rules).mul_f32(relaxation)).await;
     }
 }
 
 async fn ask(endpoint: &Endpoint) -> ProbeResult {
     match upstream::probe(endpoint).await {
-        Ok((head, took)) => ProbeResult::Answered {
+        Ok((head, took, connected)) => ProbeResult::Answered {
             region: head.headers.get(REGION).and_then(|name| name.to_str().ok()).map(str::to_owned),
             ready: if head.status == StatusCode::OK { Ok(()) } else { Err(format!("it answers {}", head.status)) },
             round_trip_ms: took.as_secs_f32() * 1000.0,
+            network_ms: connected.as_secs_f32() * 1000.0,
         },
         Err(ProbeError::Connect(why)) => ProbeResult::Gone(why),
         Err(ProbeError::Answer(why)) => ProbeResult::Silent(why),

@@ -26,10 +26,11 @@ use crate::error::Error;
 use crate::event::Record;
 use crate::identity::{self, Caller, Peer};
 use crate::policy::{self, Ask};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Model, Snapshot};
 use crate::{geo, respond, text};
 
 /// What a request leads to.
+#[expect(clippy::large_enum_variant, reason = "moved once or twice a request, which costs less than an allocation")]
 enum Outcome {
     Forward(Answer),
     Own(serde_json::Value),
@@ -56,7 +57,7 @@ pub(crate) async fn serve(core: Arc<Core>, peer: Arc<Peer>, request: Request<Inc
         }
     };
     match outcome {
-        Ok(Outcome::Forward(answer)) => respond::forward(&core, &snapshot, answer, dialect == Dialect::Grpc, record),
+        Ok(Outcome::Forward(answer)) => respond::forward(&core, &snapshot, answer, dialect, record),
         Ok(Outcome::Own(document)) => respond::json(&core, &document, record),
         Err(error) => {
             // A payload that may not be here is not read, be it to throw it away.
@@ -92,7 +93,7 @@ async fn answer(
         return Ok(Outcome::Own(models(snapshot, &caller, &location)));
     }
 
-    let (deadline, own_deadline) = attempt::deadline(&head.headers, Instant::now(), config.attempts.timeout);
+    let (begun, asked) = (Instant::now(), attempt::asked_deadline(&head.headers));
     let limits = ReceiveLimits {
         whole_bytes: config.limits.openai_bytes,
         keep_bytes: config.attempts.replay_bytes,
@@ -100,18 +101,31 @@ async fn answer(
     };
     // What the head alone decides is refused before the body is read.
     if let ModelIn::Path(name) = &call.model {
-        permission(snapshot, &caller, &location, Some(name))?;
+        permission(snapshot, &caller, &location, Some(name), call.version.as_deref())?;
     }
     let incoming = body.take().ok_or(Error::Internal)?;
-    let (body, name) = body::receive(incoming, &call, limits).await?;
-    let (model, permitted) = permission(snapshot, &caller, &location, name.as_deref())?;
+    let (body, named) = body::receive(incoming, &call, limits).await?;
+    let name = named.as_ref().map(|(name, _)| &**name);
+    let version = named.as_ref().and_then(|(_, version)| version.as_deref());
+    let (model, permitted) = permission(snapshot, &caller, &location, name, version)?;
     policy::certain(snapshot, &caller, &call, &body)?;
-    record.permitted(model, permitted.regions().len());
+    record.permitted(model.map(|model| &model.name), permitted.regions().len());
 
-    let ask = Ask { tenant: caller.tenant, location: &location, model };
-    let forwarded = forwarded(&caller, peer, record);
-    let attempted = Attempted { snapshot, permitted, ask, call: &call, head, body, deadline, own_deadline, forwarded };
-    attempt::run(core, attempted, record).await.map(Outcome::Forward)
+    let route = snapshot.route(caller.tenant, model);
+    let attempted = Attempted {
+        snapshot,
+        route,
+        permitted,
+        ask: Ask { tenant: caller.tenant, location: &location, model: model.map(|model| (&*model.name, version)) },
+        model: model.map(|model| model.index),
+        client: geo::client_hash(caller.client_ip),
+        call: &call,
+        head,
+        deadline: begun + asked.map_or(route.timeout, |asked| asked.min(route.timeout)),
+        own_deadline: asked.is_none_or(|asked| asked >= route.timeout),
+        forwarded: forwarded(&caller, peer, record),
+    };
+    attempt::run(core, &attempted, body, record).await.map(Outcome::Forward)
 }
 
 /// The model, and the regions that may see the request.
@@ -120,9 +134,11 @@ fn permission<'s>(
     caller: &Caller,
     location: &Location,
     name: Option<&str>,
-) -> Result<(Option<&'s Arc<str>>, Permitted), Error> {
+    version: Option<&str>,
+) -> Result<(Option<&'s Model>, Permitted), Error> {
     let model = name.map(|name| policy::model(snapshot, caller, name)).transpose()?;
-    let permitted = policy::permit(snapshot, &Ask { tenant: caller.tenant, location, model })?;
+    let named = model.map(|model| (&*model.name, version));
+    let permitted = policy::permit(snapshot, &Ask { tenant: caller.tenant, location, model: named })?;
     Ok((model, permitted))
 }
 
@@ -132,7 +148,7 @@ fn forwarded(caller: &Caller, peer: &Peer, record: &Record) -> Forwarded {
 
 /// The models that this caller could be served, in OpenAI's form.
 fn models(snapshot: &Snapshot, caller: &Caller, location: &Location) -> serde_json::Value {
-    let served = |name: &&str| permission(snapshot, caller, location, Some(name)).is_ok();
+    let served = |name: &&str| permission(snapshot, caller, location, Some(name), None).is_ok();
     let mut names: Vec<&str> = snapshot.models.keys().map(|name| &**name).filter(served).collect();
     names.sort_unstable();
     let one = |name: &&str| json!({ "id": name, "object": "model", "created": 0, "owned_by": "isochrone" });

@@ -3,21 +3,19 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use serde_json::json;
-use smallvec::SmallVec;
+use smallvec::{SmallVec, smallvec};
 
 use crate::app::Core;
-use crate::attempt::Answer;
-use crate::body::ResponseBody;
+use crate::attempt::{Answer, AnswerBody, Upstream};
+use crate::body::{InBand, ResponseBody};
 use crate::call::Dialect;
-use crate::endpoint::InFlight;
 use crate::error::Error;
 use crate::event::Record;
 use crate::snapshot::Snapshot;
 use crate::text;
-use crate::upstream::Lease;
 
 const REGION: HeaderName = HeaderName::from_static("isochrone-region");
 const ATTEMPTS: HeaderName = HeaderName::from_static("isochrone-attempts");
@@ -48,11 +46,11 @@ fn is_withheld(name: &HeaderName) -> bool {
 pub(crate) struct Finish {
     core: Arc<Core>,
     record: Record,
-    upstream: Option<(InFlight, Lease, bool)>,
+    upstream: Option<(Upstream, bool)>,
 }
 
 impl Finish {
-    fn new(core: &Arc<Core>, record: Record, upstream: Option<(InFlight, Lease, bool)>) -> Box<Finish> {
+    fn new(core: &Arc<Core>, record: Record, upstream: Option<(Upstream, bool)>) -> Box<Finish> {
         Box::new(Finish { core: Arc::clone(core), record, upstream })
     }
 
@@ -63,16 +61,15 @@ impl Finish {
 
     /// The whole body went out: the connection can carry the next request.
     pub(crate) fn complete(&mut self) {
-        if let Some((in_flight, lease, grpc)) = self.upstream.take()
-            && let Some((_, pools)) = in_flight.endpoint().target(grpc)
+        if let Some((upstream, grpc)) = self.upstream.take()
+            && let Some((_, pools)) = upstream.endpoint.target(grpc)
         {
-            lease.give_back(&pools[self.core.index], self.core.now());
+            upstream.lease.give_back(&pools[self.core.index], self.core.now());
         }
         self.record.end(true);
     }
 
-    /// The endpoint broke off in the middle. The client sees that the answer is not whole: its own connection or stream
-    /// is broken off too.
+    /// The endpoint broke off in the middle.
     pub(crate) fn broken(&mut self) {
         self.upstream = None;
         self.record.end(false);
@@ -84,10 +81,11 @@ pub(crate) fn forward(
     core: &Arc<Core>,
     snapshot: &Snapshot,
     answer: Answer,
-    grpc: bool,
+    dialect: Dialect,
     mut record: Record,
 ) -> Response<ResponseBody> {
-    let (mut head, body) = answer.response.into_parts();
+    let Answer { mut head, body, upstream, region, .. } = answer;
+    let grpc = dialect == Dialect::Grpc;
     record.answered(head.status, None);
     // Most answers have none of them, and looking at the few names there are is cheaper than asking for each.
     let mut withheld: SmallVec<[HeaderName; 4]> =
@@ -96,10 +94,30 @@ pub(crate) fn forward(
         withheld.extend(nominated(&head.headers));
     }
     withheld.iter().for_each(|name| drop(head.headers.remove(name)));
-    head.headers.insert(REGION, snapshot.regions[answer.region.get()].header.clone());
+    head.headers.insert(REGION, snapshot.regions[region.get()].header.clone());
     decorate(&mut head.headers, &record);
-    let finish = Finish::new(core, record, Some((answer.in_flight, answer.lease, grpc)));
-    Response::from_parts(head, ResponseBody::endpoint(body, finish, snapshot.config.limits.answer_silence))
+    let finish = Finish::new(core, record, upstream.map(|upstream| (upstream, grpc)));
+    let body = match body {
+        AnswerBody::Whole { frames, trailers } => ResponseBody::whole(frames, trailers, finish),
+        AnswerBody::Stream { frames, rest } => {
+            let in_band = in_band(&head.headers, dialect);
+            ResponseBody::stream(frames, rest, in_band, finish, snapshot.config.limits.answer_silence)
+        }
+    };
+    Response::from_parts(head, body)
+}
+
+/// How this answer can say that it broke off.
+fn in_band(headers: &HeaderMap, dialect: Dialect) -> InBand {
+    let events = headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
+    match dialect {
+        Dialect::Grpc => InBand::Grpc,
+        // With a declared length one more event would be one too many.
+        _ if events && !headers.contains_key(CONTENT_LENGTH) => {
+            InBand::Events { openai: dialect == Dialect::OpenAi, line_ended: true }
+        }
+        _ => InBand::None,
+    }
 }
 
 /// The fields that `Connection` names: they end at this hop (RFC 9110, section 7.6.1).
@@ -166,7 +184,7 @@ fn own(
     mut record: Record,
 ) -> Response<ResponseBody> {
     record.sent(body.len());
-    let mut response = Response::new(ResponseBody::own(body, Finish::new(core, record, None)));
+    let mut response = Response::new(ResponseBody::whole(smallvec![body], None, Finish::new(core, record, None)));
     *response.status_mut() = status;
     *response.headers_mut() = headers;
     response
@@ -183,15 +201,15 @@ fn decorate(headers: &mut HeaderMap, record: &Record) {
     let microseconds = u64::try_from((answered - record.started).as_micros()).unwrap_or(u64::MAX);
     text::push_milliseconds(&mut timing, microseconds);
     insert(headers, SERVER_TIMING, timing);
-    if record.attempts > 0 {
+    if !record.attempts.is_empty() {
         headers.insert(
             ATTEMPTS,
-            match record.attempts {
+            match record.attempts.len() {
                 1 => HeaderValue::from_static("1"),
-                attempts => HeaderValue::from(u16::from(attempts)),
+                attempts => HeaderValue::from(attempts),
             },
         );
-        insert(headers, REASON, record.decision.reason.clone());
+        insert(headers, REASON, record.decision().reason.clone());
     }
 }
 

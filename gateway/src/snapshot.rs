@@ -7,10 +7,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use http::HeaderValue;
-use isochrone_core::region::{RegionIndex, RegionSet};
+use isochrone_core::fleet::Fleet;
+use isochrone_core::live::Live;
+use isochrone_core::region::{Region, RegionIndex, RegionSet};
 use isochrone_core::residency::{CountryRules, TenantRule};
 
-use crate::config::Config;
+use crate::config::{Config, Route};
 use crate::endpoint::Endpoint;
 
 /// The compiled view.
@@ -19,10 +21,12 @@ pub(crate) struct Snapshot {
     pub(crate) config: Config,
     pub(crate) all_regions: RegionSet,
     pub(crate) regions: Vec<RegionEntry>,
-    /// All endpoints; a region's are contiguous.
+    /// All endpoints; a region's are contiguous, and the places are those of the fleet.
     pub(crate) endpoints: Vec<Arc<Endpoint>>,
-    /// The regions that declare each model.
-    pub(crate) models: HashMap<Arc<str>, RegionSet>,
+    /// The same regions and endpoints as decisions see them, with what is measured.
+    pub(crate) fleet: Fleet,
+    /// The models that are declared.
+    pub(crate) models: HashMap<Arc<str>, Model>,
     pub(crate) tenants: Vec<TenantEntry>,
     /// Tenants by the digest of their keys.
     pub(crate) keys: HashMap<[u8; 32], usize>,
@@ -36,6 +40,32 @@ pub(crate) struct RegionEntry {
     pub(crate) name: Arc<str>,
     pub(crate) header: HeaderValue,
     pub(crate) endpoints: Range<usize>,
+}
+
+/// A model as the request path needs it.
+#[derive(Debug)]
+pub(crate) struct Model {
+    pub(crate) name: Arc<str>,
+    /// Its place in the fleet.
+    pub(crate) index: usize,
+    /// The regions that declare it.
+    pub(crate) declaring: RegionSet,
+    /// Those that declare it without naming versions: any version may be there.
+    any_version: RegionSet,
+    versions: HashMap<Box<str>, RegionSet>,
+}
+
+impl Model {
+    /// The regions that declare this version of it.
+    pub(crate) fn declaring(&self, version: Option<&str>) -> RegionSet {
+        match version {
+            None => self.declaring,
+            Some(version) => {
+                let named = self.versions.get(version).copied().unwrap_or_default();
+                self.any_version.union(named)
+            }
+        }
+    }
 }
 
 /// A tenant as the request path needs it.
@@ -55,20 +85,20 @@ impl Snapshot {
             .collect();
         // The threads, and with them the pools, are as many as at the start: `cores` asks for a restart.
         let cores = before.map_or(config.cores, |before| before.config.cores);
-        let core_regions: Vec<_> = config.regions.iter().map(|region| region.region.clone()).collect();
+        let core_regions: Vec<Region> = config.regions.iter().map(|region| region.region.clone()).collect();
         let mut regions = Vec::new();
         let mut endpoints: Vec<Arc<Endpoint>> = Vec::new();
-        let mut models: HashMap<Arc<str>, RegionSet> = HashMap::new();
-        for (at, region) in config.regions.iter().enumerate() {
+        let mut plan: Vec<(Region, Vec<Arc<Live>>)> = Vec::new();
+        for region in &config.regions {
             let start = endpoints.len();
             endpoints.extend(region.endpoints.iter().map(|endpoint| match known.get(&*endpoint.id) {
                 Some(known) => Arc::clone(known),
-                None => Arc::new(Endpoint::new(endpoint.clone(), cores)),
+                None => Arc::new(Endpoint::new(endpoint.clone(), cores, before.is_none())),
             }));
-            for model in &region.models {
-                let declaring = models.entry(Arc::from(&**model)).or_default();
-                RegionIndex::new(at).into_iter().for_each(|index| declaring.insert(index));
-            }
+            plan.push((
+                region.region.clone(),
+                endpoints[start..].iter().map(|endpoint| Arc::clone(&endpoint.live)).collect(),
+            ));
             let name = &region.region.name;
             regions.push(RegionEntry {
                 name: Arc::from(&**name),
@@ -77,6 +107,11 @@ impl Snapshot {
                 endpoints: start..endpoints.len(),
             });
         }
+        let models = models(&config);
+        let mut in_order: Vec<&Model> = models.values().collect();
+        in_order.sort_by_key(|model| model.index);
+        let declared = in_order.iter().map(|model| (Arc::clone(&model.name), model.declaring));
+        let fleet = Fleet::new(plan, declared, config.geometry, config.live, before.map(|before| &before.fleet));
         let tenants: Vec<_> = config
             .tenants
             .iter()
@@ -90,6 +125,7 @@ impl Snapshot {
             all_regions: RegionSet::of(&core_regions, |_| true),
             regions,
             endpoints,
+            fleet,
             models,
             tenants,
             keys: keys.flat_map(|(at, tenant)| tenant.keys.iter().map(move |key| (*key, at))).collect(),
@@ -99,8 +135,38 @@ impl Snapshot {
         }
     }
 
-    /// The model's name as the snapshot holds it, and the regions that declare it.
-    pub(crate) fn model(&self, name: &str) -> Option<(&Arc<str>, RegionSet)> {
-        self.models.get_key_value(name).map(|(name, regions)| (name, *regions))
+    /// The route that a call takes: the first that fits.
+    pub(crate) fn route(&self, tenant: usize, model: Option<&Model>) -> &Route {
+        let tenant = &self.config.tenants[tenant].name;
+        let fits = |route: &&Route| {
+            (route.models.is_empty() || model.is_some_and(|model| route.models.contains(&*model.name)))
+                && (route.tenants.is_empty() || route.tenants.contains(tenant))
+        };
+        self.config.routes.iter().find(fits).unwrap_or(&self.config.default_route)
     }
+}
+
+fn models(config: &Config) -> HashMap<Arc<str>, Model> {
+    let mut models: HashMap<Arc<str>, Model> = HashMap::new();
+    for (at, region) in config.regions.iter().enumerate() {
+        let Some(region_index) = RegionIndex::new(at) else { continue };
+        for (name, versions) in &region.models {
+            let index = models.len();
+            let model = models.entry(Arc::from(&**name)).or_insert_with_key(|name| Model {
+                name: Arc::clone(name),
+                index,
+                declaring: RegionSet::EMPTY,
+                any_version: RegionSet::EMPTY,
+                versions: HashMap::new(),
+            });
+            model.declaring.insert(region_index);
+            if versions.is_empty() {
+                model.any_version.insert(region_index);
+            }
+            for version in versions {
+                model.versions.entry(version.clone()).or_default().insert(region_index);
+            }
+        }
+    }
+    models
 }

@@ -231,13 +231,13 @@ impl Pool {
         let late = |_| format!("not within {timeout:?}");
         // Boxed: they are large and rare, and would make every request's future as large.
         let opening = Box::pin(connect::connect(target));
-        let mut opened = tokio::time::timeout(timeout, opening).await.map_err(late)??;
+        let (mut opened, _) = tokio::time::timeout(timeout, opening).await.map_err(late)??;
         // A gRPC address has no such path; there the endpoint's HTTP probe has to do.
         if endpoint.config.assert_region && !grpc {
             let asking = Box::pin(ask(&mut opened, target, READY));
             let head = tokio::time::timeout(timeout, asking).await.map_err(late)??;
             if head.headers.get(REGION).is_none_or(|named| named.as_bytes() != endpoint.config.region.as_bytes()) {
-                endpoint.doubt();
+                endpoint.live.doubt();
                 return Err("it does not name its file's region".into());
             }
         }
@@ -269,16 +269,16 @@ pub(crate) enum ProbeError {
 }
 
 /// Asks an endpoint whether it is ready over a connection of its own, so that a probe measures the network and not a queue
-/// of requests. Gives the head of the answer and how long it took on the open connection.
+/// of requests. Gives the head of the answer, how long it took on the open connection, and how long TCP took to open that.
 ///
 /// # Errors
 /// See [`ProbeError`].
-pub(crate) async fn probe(endpoint: &Endpoint) -> Result<(http::response::Parts, Duration), ProbeError> {
+pub(crate) async fn probe(endpoint: &Endpoint) -> Result<(http::response::Parts, Duration, Duration), ProbeError> {
     let target = endpoint.config.http.as_ref().ok_or_else(|| ProbeError::Connect("it has no HTTP address".into()))?;
-    let mut opened = Box::pin(connect::connect(target)).await.map_err(ProbeError::Connect)?;
+    let (mut opened, connected) = Box::pin(connect::connect(target)).await.map_err(ProbeError::Connect)?;
     let began = std::time::Instant::now();
     let head = ask(&mut opened, target, READY).await.map_err(ProbeError::Answer)?;
-    Ok((head, began.elapsed()))
+    Ok((head, began.elapsed(), connected))
 }
 
 /// Asks for a path on an open connection, which can be used again afterwards if the other side lets it.

@@ -34,20 +34,22 @@ impl Budget {
 
     /// Takes one extra attempt if `share` of the requests plus `floor_per_second` of the last ten seconds allow it.
     pub fn withdraw(&self, now: Time, share: f32, floor_per_second: u32) -> bool {
-        let second = second_of(now);
-        let (mut requests, mut extras) = (0, 0);
-        for slot in &self.slots {
-            if slot.second.load(Relaxed) + SLOTS as u64 > second {
-                requests += slot.requests.load(Relaxed);
-                extras += slot.extras.load(Relaxed);
-            }
-        }
+        let (requests, extras) = self.counts(now);
         let allowed = requests as f32 * share + (floor_per_second as usize * SLOTS) as f32;
         let withdrawn = (extras as f32) < allowed.floor();
         if withdrawn {
             self.slot(now).extras.fetch_add(1, Relaxed);
         }
         withdrawn
+    }
+
+    /// Requests and extra attempts of the last ten seconds.
+    pub fn counts(&self, now: Time) -> (u64, u64) {
+        let second = second_of(now);
+        let recent = self.slots.iter().filter(|slot| slot.second.load(Relaxed) + SLOTS as u64 > second);
+        recent.fold((0, 0), |(requests, extras), slot| {
+            (requests + slot.requests.load(Relaxed), extras + slot.extras.load(Relaxed))
+        })
     }
 
     fn slot(&self, now: Time) -> &Slot {

@@ -36,28 +36,6 @@ impl Ewma {
     }
 }
 
-/// A value that others steer by, moved only when its source has left the dead band around it.
-///
-/// Two regions that measure almost the same would otherwise swap places with every probe, and their clients with them.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Held(Option<f32>);
-
-impl Held {
-    /// The published value in milliseconds.
-    pub fn value(&self) -> Option<f32> {
-        self.0
-    }
-
-    /// Follows `measured_ms` if it is more than 10 % and more than 5 ms away. Returns whether it moved.
-    pub fn follow(&mut self, measured_ms: f32) -> bool {
-        let moves = self.0.is_none_or(|held| (measured_ms - held).abs() > f32::max(held * 0.1, 5.0));
-        if moves {
-            self.0 = Some(measured_ms);
-        }
-        moves
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -79,16 +57,5 @@ mod tests {
             mean.observe(f32::NAN, Time(900), Duration::from_secs(1));
         }
         assert_eq!(mean.value(), Some(10.0));
-    }
-
-    #[test]
-    fn the_dead_band_is_the_larger_of_ten_percent_and_five_milliseconds() {
-        let mut held = Held::default();
-        assert!(held.follow(20.0));
-        assert!(!held.follow(24.9));
-        assert!(held.follow(25.1));
-        assert!(held.follow(200.0));
-        assert!(!held.follow(219.0));
-        assert!(held.follow(221.0));
     }
 }

@@ -6,9 +6,11 @@
 //!
 //! One decision, in order:
 //! [`residency`] turns the rules into a [`Permitted`](residency::Permitted) set of regions, and is the only code that can;
-//! [`steer`] gives each of those a score in milliseconds;
-//! [`pick`] takes the best region that has an endpoint able to answer, and one endpoint of it by power of two choices;
-//! [`outlier`] and [`health`] say which endpoints those are; [`stall`] says when to doubt that an answer will come; [`retry`] and [`budget`] say whether to try again.
+//! [`steer`] puts those in order, by a score in milliseconds made of distance and of what [`term`]s and [`load`] measure;
+//! [`pick`] takes the best region of the [`fleet`] that can take the request, and one endpoint of it;
+//! [`live`] says which endpoints those are, by [`health`], [`outlier`] and [`limit`];
+//! [`course`] makes attempts of it: [`stall`] says when to doubt that an answer will come, [`retry`] and [`budget`] whether
+//! to try again, [`poison`] what is not tried at all, [`queue`] how to wait for room.
 
 pub mod geo;
 
@@ -18,19 +20,37 @@ pub mod residency;
 
 pub mod ewma;
 
+pub mod term;
+
+pub mod load;
+
 pub mod steer;
 
 pub mod health;
 
 pub mod outlier;
 
+pub mod limit;
+
+pub mod live;
+
+pub mod fleet;
+
 pub mod pick;
+
+pub mod course;
 
 pub mod budget;
 
 pub mod retry;
 
 pub mod stall;
+
+pub mod poison;
+
+pub mod queue;
+
+pub mod invariant;
 
 use std::time::Duration;
 

@@ -1,10 +1,11 @@
 //! Passive outlier detection: an endpoint that fails real requests is ejected for a while, whatever its probes say.
 //!
 //! ```text
-//! Admitting --failures in a row--> Ejected --time over--> Probing --the trial succeeds--> Admitting
-//!                                     ^----------------------the trial fails--'
+//! Admitting --failures in a row, or too large a share of them--> Ejected --time over--> Probing --the trial succeeds--> Admitting
+//!                                                                   ^--------------------the trial fails--'
 //! ```
-//! The time doubles with each ejection in a row and is bounded; a success after the last one resets it.
+//! The time doubles with each ejection and is bounded; an endpoint that has been calm for as long as the longest ejection
+//! starts anew. How many may be out at once is [`Fleet`](crate::fleet::Fleet)'s to say, which sees the others.
 
 use std::time::Duration;
 
@@ -15,6 +16,10 @@ use crate::Time;
 pub struct Rules {
     /// Failures in a row that eject.
     pub consecutive_failures: u32,
+    /// The share of failed requests of the last ten seconds that ejects, from `failure_volume` requests on.
+    pub failure_share: f32,
+    /// See there.
+    pub failure_volume: u32,
     /// Length of the first ejection.
     pub ejection: Duration,
     /// Longest ejection.
@@ -24,7 +29,7 @@ pub struct Rules {
 /// Where an endpoint stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// Takes requests. Enough failures in a row lead to `Ejected`.
+    /// Takes requests. Enough failures lead to `Ejected`.
     Admitting,
     /// Takes none until the time. Then, asked by [`Outlier::try_trial`], it leads to `Probing`.
     Ejected {
@@ -44,11 +49,12 @@ pub struct Outlier {
     state: State,
     failures: u32,
     ejections: u32,
+    returned: Time,
 }
 
 impl Default for Outlier {
     fn default() -> Self {
-        Outlier { state: State::Admitting, failures: 0, ejections: 0 }
+        Outlier { state: State::Admitting, failures: 0, ejections: 0, returned: Time(0) }
     }
 }
 
@@ -58,63 +64,60 @@ impl Outlier {
         self.state
     }
 
-    /// Whether there is nothing that a success would reset.
-    pub fn is_default(&self) -> bool {
-        self.state == State::Admitting && self.failures == 0 && self.ejections == 0
+    /// Whether there is nothing that a success would change.
+    pub fn is_calm(&self) -> bool {
+        self.state == State::Admitting && self.failures == 0
     }
 
-    /// A request succeeded. Returns whether the endpoint has returned by it.
-    pub fn success(&mut self) -> bool {
-        let returned = self.state != State::Admitting;
-        *self = Outlier::default();
-        returned
+    /// A request succeeded.
+    pub fn success(&mut self, now: Time) {
+        if self.state != State::Admitting {
+            self.returned = now;
+        }
+        (self.state, self.failures) = (State::Admitting, 0);
     }
 
-    /// A request failed in a way that counts. Returns the length of the ejection if it ejected.
-    pub fn failure(&mut self, now: Time, rules: &Rules) -> Option<Duration> {
+    /// A request failed in a way that counts. Returns whether the endpoint ought to be ejected for it.
+    pub fn failure(&mut self, now: Time, rules: &Rules) -> bool {
         self.failures = self.failures.saturating_add(1);
         match self.state {
-            State::Admitting if self.failures < rules.consecutive_failures => None,
+            State::Admitting => self.failures >= rules.consecutive_failures,
             // Sent before the ejection; it says nothing new.
-            State::Ejected { until } if now < until => None,
-            _ => Some(self.eject(now, rules)),
+            State::Ejected { until } => now >= until,
+            State::Probing { .. } => true,
         }
     }
 
-    /// The endpoint is known to be dead: it is ejected without waiting for more failures. Returns the length of the ejection
-    /// if this began it.
-    pub fn condemn(&mut self, now: Time, rules: &Rules) -> Option<Duration> {
-        match self.state {
-            State::Ejected { until } if now < until => None,
-            _ => Some(self.eject(now, rules)),
+    /// Ejects it. Returns for how long.
+    pub fn eject(&mut self, now: Time, rules: &Rules) -> Duration {
+        if self.state == State::Admitting && now.since(self.returned) >= rules.ejection_max {
+            self.ejections = 0;
         }
-    }
-
-    /// Asks to send one trial request. True at most once an ejection.
-    pub fn try_trial(&mut self, now: Time, rules: &Rules) -> bool {
-        match self.state {
-            State::Admitting => true,
-            State::Ejected { until } | State::Probing { until } if now >= until => {
-                self.state = State::Probing { until: now + rules.ejection_max };
-                true
-            }
-            State::Ejected { .. } | State::Probing { .. } => false,
-        }
-    }
-
-    /// The trial ended without a verdict: its client left, or the answer said nothing. The next request may be it.
-    pub fn release_trial(&mut self, now: Time) {
-        if let State::Probing { .. } = self.state {
-            self.state = State::Ejected { until: now };
-        }
-    }
-
-    fn eject(&mut self, now: Time, rules: &Rules) -> Duration {
         let length = rules.ejection.saturating_mul(1 << self.ejections.min(16)).min(rules.ejection_max);
         self.ejections = self.ejections.saturating_add(1);
         self.failures = 0;
         self.state = State::Ejected { until: now + length };
         length
+    }
+
+    /// Asks to send one request. For an ejected endpoint whose time is over that is the trial, of which there is one at a
+    /// time. Returns whether to send, and whether it is the trial.
+    pub fn try_trial(&mut self, now: Time, rules: &Rules) -> (bool, bool) {
+        match self.state {
+            State::Admitting => (true, false),
+            State::Ejected { until } | State::Probing { until } if now >= until => {
+                self.state = State::Probing { until: now + rules.ejection_max };
+                (true, true)
+            }
+            State::Ejected { .. } | State::Probing { .. } => (false, false),
+        }
+    }
+
+    /// The trial ended without a verdict: its client left, or the answer said nothing. The next request may be it.
+    pub fn release_trial(&mut self) {
+        if let State::Probing { .. } = self.state {
+            self.state = State::Ejected { until: Time(0) };
+        }
     }
 }
 
@@ -122,85 +125,72 @@ impl Outlier {
 mod tests {
     use super::*;
 
-    const RULES: Rules =
-        Rules { consecutive_failures: 3, ejection: Duration::from_secs(1), ejection_max: Duration::from_secs(4) };
+    const RULES: Rules = Rules {
+        consecutive_failures: 3,
+        failure_share: 0.5,
+        failure_volume: 20,
+        ejection: Duration::from_secs(1),
+        ejection_max: Duration::from_secs(4),
+    };
 
     fn seconds(n: u64) -> Time {
         Time(n * 1_000_000_000)
     }
 
-    fn ejected(until: u64) -> State {
-        State::Ejected { until: seconds(until) }
+    /// As the fleet does it, with nobody else out.
+    fn fail(outlier: &mut Outlier, now: u64) -> Option<u64> {
+        outlier.failure(seconds(now), &RULES).then(|| outlier.eject(seconds(now), &RULES).as_secs())
     }
 
     #[test]
     fn failures_in_a_row_eject_and_a_success_between_them_does_not_let_them() {
         let mut outlier = Outlier::default();
-        assert_eq!(outlier.failure(seconds(0), &RULES), None);
-        assert_eq!(outlier.failure(seconds(0), &RULES), None);
-        assert!(!outlier.success());
-        assert_eq!(outlier.failure(seconds(0), &RULES), None);
-        assert_eq!(outlier.failure(seconds(0), &RULES), None);
-        assert_eq!(outlier.failure(seconds(0), &RULES), Some(Duration::from_secs(1)));
-        assert_eq!(outlier.state(), ejected(1));
+        assert_eq!([fail(&mut outlier, 100), fail(&mut outlier, 100)], [None, None]);
+        outlier.success(seconds(100));
+        assert_eq!([100; 3].map(|now| fail(&mut outlier, now)), [None, None, Some(1)]);
+        assert_eq!(outlier.state(), State::Ejected { until: seconds(101) });
     }
 
     #[test]
-    fn the_ejection_doubles_to_its_bound_and_one_trial_is_sent_each_time() {
+    fn the_ejection_doubles_to_its_bound_with_one_trial_each_time_and_calm_forgives() {
         let mut outlier = Outlier::default();
-        let mut now = 0;
-        (0..3).for_each(|_| {
-            let _ = outlier.failure(seconds(now), &RULES);
-        });
-        for length in [1, 2, 4, 4] {
-            assert_eq!(outlier.state(), ejected(now + length));
-            assert!(!outlier.try_trial(seconds(now), &RULES));
+        let mut now = 100;
+        let _ = [100; 2].map(|now| fail(&mut outlier, now));
+        assert_eq!(fail(&mut outlier, now), Some(1));
+        for (length, next) in [(1, 2), (2, 4), (4, 4)] {
+            assert_eq!(outlier.try_trial(seconds(now), &RULES), (false, false));
             now += length;
-            assert!(outlier.try_trial(seconds(now), &RULES));
-            assert!(!outlier.try_trial(seconds(now), &RULES), "a second trial at once");
-            assert!(outlier.failure(seconds(now), &RULES).is_some());
+            assert_eq!(outlier.try_trial(seconds(now), &RULES), (true, true));
+            assert_eq!(outlier.try_trial(seconds(now), &RULES), (false, false), "a second trial at once");
+            assert_eq!(fail(&mut outlier, now), Some(next));
         }
         now += 4;
-        assert!(outlier.try_trial(seconds(now), &RULES));
-        assert!(outlier.success());
-        assert_eq!(outlier.state(), State::Admitting);
-        // The back-off starts anew.
-        (0..3).for_each(|_| {
-            let _ = outlier.failure(seconds(now), &RULES);
-        });
-        assert_eq!(outlier.state(), ejected(now + 1));
+        assert_eq!(outlier.try_trial(seconds(now), &RULES), (true, true));
+        outlier.success(seconds(now));
+        assert_eq!(outlier.try_trial(seconds(now), &RULES), (true, false));
+        // One success does not wash a flapping endpoint clean.
+        assert_eq!([now; 3].map(|now| fail(&mut outlier, now)), [None, None, Some(4)]);
+        assert_eq!(outlier.try_trial(seconds(now + 4), &RULES), (true, true));
+        outlier.success(seconds(now + 4));
+        assert_eq!([now + 8; 3].map(|now| fail(&mut outlier, now)), [None, None, Some(1)]);
     }
 
     #[test]
     fn failures_of_requests_sent_before_the_ejection_do_not_lengthen_it() {
         let mut outlier = Outlier::default();
-        (0..50).for_each(|_| {
-            let _ = outlier.failure(seconds(0), &RULES);
-        });
-        assert_eq!(outlier.state(), ejected(1));
-    }
-
-    #[test]
-    fn the_condemned_are_out_at_once_and_once() {
-        let mut outlier = Outlier::default();
-        assert_eq!(outlier.condemn(seconds(0), &RULES), Some(Duration::from_secs(1)));
-        assert_eq!(outlier.condemn(seconds(0), &RULES), None, "the others that were pending there");
-        assert!(!outlier.try_trial(seconds(0), &RULES));
-        assert!(outlier.try_trial(seconds(1), &RULES));
-        assert_eq!(outlier.condemn(seconds(1), &RULES), Some(Duration::from_secs(2)));
+        let lengths: Vec<_> = (0..50).filter_map(|_| fail(&mut outlier, 100)).collect();
+        assert_eq!(lengths, [1]);
     }
 
     #[test]
     fn a_trial_whose_result_never_comes_is_given_up() {
         let mut outlier = Outlier::default();
-        (0..3).for_each(|_| {
-            let _ = outlier.failure(seconds(0), &RULES);
-        });
-        assert!(outlier.try_trial(seconds(1), &RULES));
-        assert!(!outlier.try_trial(seconds(4), &RULES));
-        assert!(outlier.try_trial(seconds(5), &RULES));
+        let _ = [100; 3].map(|now| fail(&mut outlier, now));
+        assert_eq!(outlier.try_trial(seconds(101), &RULES), (true, true));
+        assert_eq!(outlier.try_trial(seconds(104), &RULES), (false, false));
+        assert_eq!(outlier.try_trial(seconds(105), &RULES), (true, true));
         // One that is known to have brought nothing is given up at once.
-        outlier.release_trial(seconds(6));
-        assert!(outlier.try_trial(seconds(6), &RULES));
+        outlier.release_trial();
+        assert_eq!(outlier.try_trial(seconds(105), &RULES), (true, true));
     }
 }

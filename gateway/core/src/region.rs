@@ -34,6 +34,31 @@ pub struct Region {
     pub zones: Vec<Box<str>>,
     /// No new request, whatever its health.
     pub drain: bool,
+    /// Its share under the policy `weighted`, against the others'.
+    pub weight: f32,
+    /// What a request costs there, in the operator's own unit: of regions that are almost as good, the cheapest.
+    pub cost: f32,
+    /// Requests in flight from which on the next region helps, and beyond which it gets no more.
+    pub soft_limit: u32,
+    /// Never below `soft_limit`.
+    pub hard_limit: u32,
+}
+
+impl Region {
+    /// A region without limits, of weight 1 and no cost.
+    pub fn new(name: &str, country: Country, point: Point) -> Region {
+        Region {
+            name: name.into(),
+            country,
+            point,
+            zones: Vec::new(),
+            drain: false,
+            weight: 1.0,
+            cost: 0.0,
+            soft_limit: u32::MAX,
+            hard_limit: u32::MAX,
+        }
+    }
 }
 
 /// A set of regions of one snapshot.
@@ -77,6 +102,13 @@ impl RegionSet {
         both
     }
 
+    /// The regions in either set.
+    pub fn union(self, other: RegionSet) -> RegionSet {
+        let mut either = self;
+        either.0.iter_mut().zip(other.0).for_each(|(word, mask)| *word |= mask);
+        either
+    }
+
     /// Whether there is no region in the set.
     pub fn is_empty(self) -> bool {
         self == RegionSet::EMPTY
@@ -87,15 +119,40 @@ impl RegionSet {
         self.0.iter().map(|word| word.count_ones() as usize).sum()
     }
 
+    /// The regions that are not in the other set.
+    pub fn difference(self, other: RegionSet) -> RegionSet {
+        let mut rest = self;
+        rest.0.iter_mut().zip(other.0).for_each(|(word, mask)| *word &= !mask);
+        rest
+    }
+
     /// The regions in ascending order.
-    pub fn iter(self) -> impl Iterator<Item = RegionIndex> {
-        self.0.into_iter().enumerate().flat_map(|(word_at, mut word)| {
-            std::iter::from_fn(move || {
-                let bit = (word != 0).then(|| word.trailing_zeros() as usize)?;
-                word &= word - 1;
-                RegionIndex::new(word_at * 64 + bit)
-            })
-        })
+    pub fn iter(self) -> Iter {
+        Iter { words: self.0, at: 0 }
+    }
+}
+
+/// The regions of a set in ascending order.
+#[derive(Clone, Debug)]
+pub struct Iter {
+    words: [u64; REGIONS_MAX / 64],
+    at: usize,
+}
+
+impl Iterator for Iter {
+    type Item = RegionIndex;
+
+    fn next(&mut self) -> Option<RegionIndex> {
+        loop {
+            let word = self.words.get_mut(self.at)?;
+            if *word != 0 {
+                let bit = word.trailing_zeros() as u8;
+                *word &= *word - 1;
+                // Four words of 64: it fits.
+                return Some(RegionIndex(self.at as u8 * 64 + bit));
+            }
+            self.at += 1;
+        }
     }
 }
 

@@ -163,13 +163,9 @@ mod tests {
     use crate::geo::Point;
 
     fn region(name: &str, country: &str, zones: &[&str]) -> Region {
-        Region {
-            name: name.into(),
-            country: Country::parse(country).expect("valid"),
-            point: Point::new(0.0, 0.0).expect("valid"),
-            zones: zones.iter().map(|&zone| zone.into()).collect(),
-            drain: false,
-        }
+        let place = Point::new(0.0, 0.0).expect("valid");
+        let zones = zones.iter().map(|&zone| zone.into()).collect();
+        Region { zones, ..Region::new(name, Country::parse(country).expect("valid"), place) }
     }
 
     fn world() -> Vec<Region> {

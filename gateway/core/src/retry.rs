@@ -11,8 +11,14 @@ pub enum Outcome {
     Refused,
     /// The connection broke after something of the request may have been sent.
     Reset,
+    /// A response began and broke off, or was not whole, before any of it went to the client.
+    Broken,
     /// The endpoint was silent, and did not answer a question about its health either.
     Hung,
+    /// It was slow, another endpoint answered first, and it finished nothing else meanwhile.
+    Outrun,
+    /// Another endpoint answered first. That says nothing about this one.
+    Cancelled,
     /// The endpoint answered nothing until the gateway's own deadline.
     TimedOut,
     /// Nor until one that the client chose, or while the client was still sending: that says nothing about the endpoint.
@@ -49,9 +55,13 @@ pub enum Mark {
     Success,
     /// It counts towards ejection.
     Failure,
+    /// The same, and nobody was there: enough of it, and only a probe can find the endpoint again.
+    Unreachable,
+    /// It has more than it can do: it is given less, and is not ejected for it.
+    Overload,
     /// It is to be ejected at once: whatever else is sent there waits in vain.
     Dead,
-    /// It says nothing: an overloaded endpoint is steered around, not ejected, and a client's fault is the client's.
+    /// It says nothing: a client's fault is the client's.
     None,
 }
 
@@ -61,15 +71,19 @@ impl Outcome {
         let (retry, endpoint) = match self {
             // RFC 9110, section 15.6.3: the endpoint is a gateway to something that failed.
             Outcome::Status(502) => (Retry::Replayable, Mark::Failure),
-            // RFC 9110, sections 15.6.4 and 15.6.5, and RFC 6585, section 4: overload, or late because of it.
-            Outcome::Status(503 | 504 | 429) => (Retry::Replayable, Mark::None),
+            // RFC 9110, section 15.6.4, and RFC 6585, section 4: it was not taken on, whatever it was.
+            Outcome::Status(503 | 429) => (Retry::Any, Mark::Overload),
+            // RFC 9110, section 15.6.5: late, but perhaps done.
+            Outcome::Status(504) => (Retry::Replayable, Mark::Overload),
             // Any other answer, a 500 included, is the model's own: doing it again elsewhere gives it again. Nor does it
             // count: an input that a model cannot bear would otherwise eject every endpoint that it visits.
             Outcome::Status(500..) => (Retry::No, Mark::None),
             Outcome::Status(_) => (Retry::No, Mark::Success),
-            Outcome::ConnectFailed => (Retry::Any, Mark::Failure),
+            Outcome::ConnectFailed => (Retry::Any, Mark::Unreachable),
             Outcome::Refused => (Retry::Any, Mark::None),
-            Outcome::Reset => (Retry::Replayable, Mark::Failure),
+            Outcome::Reset | Outcome::Broken => (Retry::Replayable, Mark::Failure),
+            Outcome::Outrun => (Retry::No, Mark::Failure),
+            Outcome::Cancelled => (Retry::No, Mark::None),
             Outcome::Hung => (Retry::Replayable, Mark::Dead),
             Outcome::TimedOut => (Retry::No, Mark::Failure),
             Outcome::ClientTimedOut | Outcome::ClientBody => (Retry::No, Mark::None),
@@ -86,6 +100,9 @@ impl Outcome {
             Outcome::ConnectFailed => "connect_failed",
             Outcome::Refused => "refused",
             Outcome::Reset => "reset",
+            Outcome::Broken => "broken",
+            Outcome::Outrun => "outrun",
+            Outcome::Cancelled => "cancelled",
             Outcome::Hung => "hung",
             Outcome::TimedOut | Outcome::ClientTimedOut => "timed_out",
             Outcome::ClientBody => "client_body",
@@ -103,12 +120,15 @@ mod tests {
             Outcome::ConnectFailed,
             Outcome::Refused,
             Outcome::Reset,
+            Outcome::Broken,
             Outcome::Hung,
+            Outcome::Outrun,
+            Outcome::Cancelled,
             Outcome::TimedOut,
             Outcome::ClientBody,
         ]);
         for outcome in all {
-            let unprocessed = matches!(outcome, Outcome::ConnectFailed | Outcome::Refused);
+            let unprocessed = matches!(outcome, Outcome::ConnectFailed | Outcome::Refused | Outcome::Status(429 | 503));
             assert_eq!(outcome.verdict().retry == Retry::Any, unprocessed, "{outcome:?}");
         }
     }
@@ -123,7 +143,8 @@ mod tests {
     #[test]
     fn overload_steers_and_does_not_eject() {
         for status in [429, 503, 504] {
-            assert_eq!(Outcome::Status(status).verdict(), Verdict { retry: Retry::Replayable, endpoint: Mark::None });
+            assert_eq!(Outcome::Status(status).verdict().endpoint, Mark::Overload);
+            assert_ne!(Outcome::Status(status).verdict().retry, Retry::No);
         }
     }
 }

@@ -7,17 +7,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use isochrone_core::geo::{Country, Location, Point, Source};
-use isochrone_core::region::{REGIONS_MAX, Region};
+use isochrone_core::course::{self, ATTEMPTS_MAX};
+use isochrone_core::geo::{Continent, Country, Location, Point, Source};
+use isochrone_core::region::{REGIONS_MAX, Region, RegionIndex};
 use isochrone_core::residency::Residency;
-use isochrone_core::{health, outlier, stall, steer};
+use isochrone_core::{health, limit, live, outlier, stall, steer};
 use sha2::{Digest, Sha256};
 use toml::de::{DeTable, DeValue};
 
 use super::document::{Document, Problem, lay_under, regular};
 use super::{
-    ATTEMPTS_MAX, Address, Attempts, Config, EndpointConfig, ForwardedBy, Limits, Listener, Opened, Probes,
-    RegionConfig, Rejected, Shutdown, Stamp, Target, TargetTls, Telemetry, Tenant, Trust, file,
+    Address, Affinity, Attempts, Config, EndpointConfig, ForwardedBy, Limits, Listener, Opened, Probes, Queue,
+    RegionConfig, Rejected, Route, Shutdown, Stamp, Target, TargetTls, Telemetry, Tenant, Trust, file,
 };
 use crate::geo::Database;
 use crate::tls;
@@ -72,7 +73,8 @@ impl Builder<'_> {
         let listeners = self.listeners(&main, &gateway);
         let geoip = self.geoip(&main, &gateway.geoip);
         let country_rules = self.country_rules(&main, &gateway.country_rules);
-        let steering = self.steering(&main, &gateway);
+        let (geometry, live) = (self.geometry(&main, &gateway), live_rules(&gateway));
+        let (routes, default_route) = self.routes(&main, &gateway, &regions, &tenants);
         self.bounds(&main, &gateway);
         if let Some(name) = &gateway.identity.anonymous
             && !tenants.iter().any(|tenant| tenant.name == *name)
@@ -92,32 +94,35 @@ impl Builder<'_> {
             anonymous: gateway.identity.anonymous,
             geoip,
             overrides,
-            steering,
+            geometry,
+            routes,
+            default_route,
             country_rules,
             probes: Probes {
                 interval: gateway.probes.interval.0,
                 jitter: gateway.probes.jitter,
                 timeout: gateway.probes.timeout.0,
-                thresholds: health::Thresholds { healthy: gateway.probes.healthy, unhealthy: gateway.probes.unhealthy },
-                decay: gateway.probes.decay.0,
+                relaxed: gateway.probes.relaxed,
             },
-            outlier: outlier::Rules {
-                consecutive_failures: gateway.outlier.consecutive_failures,
-                ejection: gateway.outlier.ejection.0,
-                ejection_max: gateway.outlier.ejection_max.0,
-            },
+            live,
+            queue: Queue { bound: gateway.capacity.queue, wait: gateway.capacity.queue_wait.0 },
             stall: stall::Rules {
                 silence: gateway.stall.silence.0,
                 answer: gateway.stall.answer.0,
                 again: gateway.stall.again.0,
+                slow_factor: gateway.stall.slow_factor,
+                slow_unknown: gateway.stall.slow_unknown.0,
             },
             attempts: Attempts {
-                max: gateway.attempts.max,
-                budget_share: gateway.attempts.budget_share,
-                budget_floor: gateway.attempts.budget_floor_per_second,
+                rules: course::Rules {
+                    max: gateway.attempts.max,
+                    budget_share: gateway.attempts.budget_share,
+                    budget_floor: gateway.attempts.budget_floor_per_second,
+                },
                 connect_timeout: gateway.attempts.connect_timeout.0,
-                timeout: gateway.attempts.timeout.0,
                 replay_bytes: bytes(gateway.attempts.replay_buffer),
+                answer_bytes: bytes(gateway.attempts.answer_buffer),
+                poison_for: gateway.attempts.poison_for.0,
             },
             limits: Limits {
                 header_timeout: gateway.limits.header_timeout.0,
@@ -173,7 +178,7 @@ impl Builder<'_> {
         let otlp = gateway.telemetry.otlp.as_ref().is_none_or(|url| {
             url.parse::<http::Uri>().is_ok_and(|url| url.host().is_some() && url.scheme_str() == Some("http"))
         });
-        let checks: [(bool, &[&str], &str); 24] = [
+        let checks: [(bool, &[&str], &str); 37] = [
             (gateway.gateway.cores <= 1024, &["gateway", "cores"], "at most 1024"),
             (
                 !gateway.listeners.is_empty(),
@@ -208,6 +213,36 @@ impl Builder<'_> {
             (positive(&gateway.stall.answer), &["stall", "answer"], "longer than zero"),
             (positive(&gateway.stall.again), &["stall", "again"], "longer than zero"),
             (positive(&gateway.outlier.ejection), &["outlier", "ejection"], "longer than zero"),
+            ((0.0..=1.0).contains(&gateway.outlier.failure_share), &["outlier", "failure_share"], "from 0.0 to 1.0"),
+            (gateway.outlier.failure_volume >= 1, &["outlier", "failure_volume"], "at least 1"),
+            ((0.0..=1.0).contains(&gateway.outlier.ejected_share), &["outlier", "ejected_share"], "from 0.0 to 1.0"),
+            (
+                gateway.outlier.ejection_max.0 >= gateway.outlier.ejection.0,
+                &["outlier", "ejection_max"],
+                "not shorter than `ejection`",
+            ),
+            ((1.0..=100.0).contains(&gateway.probes.relaxed), &["probes", "relaxed"], "from 1.0 to 100.0"),
+            (
+                (1.0..=10.0).contains(&gateway.capacity.overprovisioning),
+                &["capacity", "overprovisioning"],
+                "from 1.0 to 10.0",
+            ),
+            (gateway.capacity.overload_replies >= 1, &["capacity", "overload_replies"], "at least 1"),
+            (gateway.capacity.concurrency_min >= 1, &["capacity", "concurrency_min"], "at least 1"),
+            (
+                gateway.capacity.concurrency_max >= gateway.capacity.concurrency_min
+                    && gateway.capacity.concurrency_max <= 1_000_000,
+                &["capacity", "concurrency_max"],
+                "from `concurrency_min` to 1000000",
+            ),
+            (gateway.capacity.queue <= 100_000, &["capacity", "queue"], "at most 100000"),
+            ((1.0..=100.0).contains(&gateway.stall.slow_factor), &["stall", "slow_factor"], "from 1.0 to 100.0"),
+            (gateway.attempts.answer_buffer.as_u64() <= 64 << 20, &["attempts", "answer_buffer"], "at most \"64MiB\""),
+            (
+                gateway.attempts.poison_for.0 <= Duration::from_secs(86_400),
+                &["attempts", "poison_for"],
+                "at most \"1d\"",
+            ),
             (otlp, &["telemetry", "otlp"], "an OTLP endpoint is http://HOST:PORT"),
             (gateway.limits.streams >= 1 && gateway.limits.in_flight >= 1, &["limits"], "limits are at least 1"),
         ];
@@ -318,7 +353,7 @@ impl Builder<'_> {
         built
     }
 
-    fn steering(&mut self, main: &Document, gateway: &file::Gateway) -> steer::Steering {
+    fn geometry(&mut self, main: &Document, gateway: &file::Gateway) -> steer::Geometry {
         let steering = &gateway.steering;
         if !(1.0..=10.0).contains(&steering.route_inflation) {
             self.say(main, &["steering", "route_inflation"], "from 1.0 (a straight line) to 10.0");
@@ -333,15 +368,121 @@ impl Builder<'_> {
                 point
             }
         };
-        steer::Steering {
-            policy: match steering.policy {
-                file::Policy::Nearest => steer::Policy::Nearest,
-                file::Policy::Latency => steer::Policy::Latency,
-            },
+        steer::Geometry {
             route_inflation: steering.route_inflation,
             constant_ms: steering.constant.0.as_secs_f32() * 1000.0,
             gateway: place,
         }
+    }
+
+    /// The routes as written, and the one that fits all.
+    fn routes(
+        &mut self,
+        main: &Document,
+        gateway: &file::Gateway,
+        regions: &[RegionConfig],
+        tenants: &[Tenant],
+    ) -> (Vec<Route>, Route) {
+        let pools = self.pools(main, &gateway.steering.pools, regions);
+        let steering = |policy: file::Policy, max_detour: Option<&file::Length>| steer::Steering {
+            policy: match policy {
+                file::Policy::Nearest => steer::Policy::Nearest,
+                file::Policy::Latency => steer::Policy::Latency,
+                file::Policy::Pools => steer::Policy::Pools,
+                file::Policy::Weighted => steer::Policy::Weighted,
+            },
+            max_detour_ms: max_detour.map(|length| length.0.as_secs_f32() * 1000.0),
+            pools: pools.clone(),
+        };
+        let (policy, detour, timeout) =
+            (gateway.steering.policy, gateway.steering.max_detour.as_ref(), gateway.attempts.timeout.0);
+        let mut routes = Vec::new();
+        for (at, route) in gateway.routes.iter().enumerate() {
+            let at = at.to_string();
+            for model in &route.models {
+                if !regions.iter().any(|region| region.models.contains_key(model)) {
+                    let message = format!("no region file declares a model `{model}`");
+                    self.say(main, &["routes", &at, "models"], message);
+                }
+            }
+            for name in &route.tenants {
+                if !tenants.iter().any(|tenant| tenant.name == *name) {
+                    self.say(main, &["routes", &at, "tenants"], format!("there is no tenant `{name}` in tenants.toml"));
+                }
+            }
+            if route.timeout.as_ref().is_some_and(|timeout| timeout.0.is_zero()) {
+                self.say(main, &["routes", &at, "timeout"], "longer than zero");
+            }
+            let affinity = route.affinity.as_deref().and_then(|affinity| match affinity {
+                "tenant" => Some(Affinity::Tenant),
+                header => match header.strip_prefix("header:").map(str::parse) {
+                    Some(Ok(name)) => Some(Affinity::Header(name)),
+                    _ => {
+                        self.say(main, &["routes", &at, "affinity"], "\"tenant\", or \"header:NAME\"");
+                        None
+                    }
+                },
+            });
+            let hedge = route.hedge.as_ref().map(|hedge| {
+                if hedge.floor.0 > hedge.ceiling.0 || !(0.0..=0.05).contains(&hedge.share) {
+                    let message = "`floor` is not above `ceiling`, and `share` is from 0.0 to 0.05";
+                    self.say(main, &["routes", &at, "hedge"], message);
+                }
+                stall::Hedge { floor: hedge.floor.0, ceiling: hedge.ceiling.0, share: hedge.share }
+            });
+            routes.push(Route {
+                models: route.models.iter().cloned().collect(),
+                tenants: route.tenants.iter().cloned().collect(),
+                steering: steering(route.policy.unwrap_or(policy), route.max_detour.as_ref().or(detour)),
+                timeout: route.timeout.as_ref().map_or(timeout, |timeout| timeout.0),
+                replay: route.replay,
+                affinity,
+                hedge,
+            });
+        }
+        if pools.is_empty() && routes.iter().any(|route: &Route| route.steering.policy == steer::Policy::Pools)
+            || (pools.is_empty() && matches!(policy, file::Policy::Pools))
+        {
+            self.say(main, &["steering"], "the policy \"pools\" needs a [[steering.pools]] table");
+        }
+        let default_route = Route {
+            models: BTreeSet::new(),
+            tenants: BTreeSet::new(),
+            steering: steering(policy, detour),
+            timeout,
+            replay: None,
+            affinity: None,
+            hedge: None,
+        };
+        (routes, default_route)
+    }
+
+    fn pools(&mut self, main: &Document, pools: &[file::Pool], regions: &[RegionConfig]) -> Vec<steer::Pool> {
+        let mut built = Vec::new();
+        for (at, pool) in pools.iter().enumerate() {
+            let at = at.to_string();
+            let place = ["steering", "pools", at.as_str()];
+            let countries = pool.countries.iter().filter_map(|code| self.country(main, &place, code)).collect();
+            let continents = pool.continents.iter().map(|continent| match continent {
+                file::Continent::Africa => Continent::Africa,
+                file::Continent::Antarctica => Continent::Antarctica,
+                file::Continent::Asia => Continent::Asia,
+                file::Continent::Europe => Continent::Europe,
+                file::Continent::NorthAmerica => Continent::NorthAmerica,
+                file::Continent::Oceania => Continent::Oceania,
+                file::Continent::SouthAmerica => Continent::SouthAmerica,
+            });
+            let mut order = Vec::new();
+            for name in &pool.regions {
+                let known = regions.iter().position(|region| region.region.name == *name).and_then(RegionIndex::new);
+                match known {
+                    Some(region) => order.push(region),
+                    None => self.say(main, &place, format!("there is no region `{name}`")),
+                }
+            }
+            built.push(steer::Pool { countries, continents: continents.collect(), regions: order });
+        }
+        built
     }
 
     fn regions(&mut self, defaults: &Defaults<'_>) -> Vec<RegionConfig> {
@@ -390,6 +531,13 @@ impl Builder<'_> {
         if region.models.is_empty() {
             self.say(&document, &["models"], "a region needs a model: [models.NAME] for each that it serves");
         }
+        if !(0.0..=1e6).contains(&region.weight) || !(0.0..=1e9).contains(&region.cost) {
+            self.say(&document, &["weight"], "`weight` is from 0 to 1000000, `cost` from 0 to 1000000000");
+        }
+        let limits = (region.soft_limit.or(region.hard_limit), region.hard_limit);
+        if limits.0 == Some(0) || limits.1.is_some_and(|hard| limits.0.is_some_and(|soft| soft > hard)) {
+            self.say(&document, &["soft_limit"], "limits are at least 1, and `soft_limit` is not above `hard_limit`");
+        }
         let endpoints = region.endpoints.iter().enumerate();
         for (at, endpoint) in region.endpoints.iter().enumerate() {
             let same = |other: &file::Endpoint| (&other.http, &other.grpc) == (&endpoint.http, &endpoint.grpc);
@@ -403,9 +551,23 @@ impl Builder<'_> {
             return None;
         }
         Some(RegionConfig {
-            region: Region { name, country: country?, point: point?, zones: sorted(region.zones), drain: region.drain },
+            region: Region {
+                name,
+                country: country?,
+                point: point?,
+                zones: sorted(region.zones),
+                drain: region.drain,
+                weight: region.weight,
+                cost: region.cost,
+                soft_limit: limits.0.unwrap_or(u32::MAX),
+                hard_limit: limits.1.unwrap_or(u32::MAX),
+            },
             endpoints,
-            models: region.models.into_keys().collect(),
+            models: region
+                .models
+                .into_iter()
+                .map(|(name, model)| (name, model.versions.into_iter().collect()))
+                .collect(),
         })
     }
 
@@ -569,6 +731,29 @@ impl Builder<'_> {
         let path = document.file.parent().unwrap_or(self.directory).join(path);
         self.files.insert(path.clone());
         path
+    }
+}
+
+fn live_rules(gateway: &file::Gateway) -> live::Rules {
+    let file::Gateway { probes, outlier, capacity, .. } = gateway;
+    live::Rules {
+        thresholds: health::Thresholds { healthy: probes.healthy, unhealthy: probes.unhealthy, calm: probes.calm.0 },
+        round_trip_decay: probes.decay.0,
+        outlier: outlier::Rules {
+            consecutive_failures: outlier.consecutive_failures,
+            failure_share: outlier.failure_share,
+            failure_volume: outlier.failure_volume,
+            ejection: outlier.ejection.0,
+            ejection_max: outlier.ejection_max.0,
+        },
+        ejected_share: outlier.ejected_share,
+        consecutive_overloads: capacity.overload_replies,
+        limit: limit::Rules { min: capacity.concurrency_min, max: capacity.concurrency_max },
+        slow_start: capacity.slow_start.0,
+        overprovisioning: capacity.overprovisioning,
+        report_fresh: capacity.report_fresh.0,
+        error_penalty: outlier.error_penalty.0,
+        shift: gateway.steering.shift.0,
     }
 }
 

@@ -20,9 +20,12 @@ pub(super) struct Gateway {
     pub(super) geoip: GeoIp,
     pub(super) steering: Steering,
     #[serde(default)]
+    pub(super) routes: Vec<Route>,
+    #[serde(default)]
     pub(super) country_rules: Vec<CountryRule>,
     pub(super) probes: Probes,
     pub(super) outlier: Outlier,
+    pub(super) capacity: Capacity,
     pub(super) stall: Stall,
     pub(super) attempts: Attempts,
     pub(super) limits: Limits,
@@ -93,6 +96,10 @@ pub(super) struct Steering {
     pub(super) policy: Policy,
     pub(super) route_inflation: f32,
     pub(super) constant: Length,
+    pub(super) max_detour: Option<Length>,
+    pub(super) shift: Length,
+    #[serde(default)]
+    pub(super) pools: Vec<Pool>,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -100,6 +107,53 @@ pub(super) struct Steering {
 pub(super) enum Policy {
     Nearest,
     Latency,
+    Pools,
+    Weighted,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Pool {
+    #[serde(default)]
+    pub(super) countries: Vec<String>,
+    #[serde(default)]
+    pub(super) continents: Vec<Continent>,
+    pub(super) regions: Vec<Box<str>>,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Continent {
+    Africa,
+    Antarctica,
+    Asia,
+    Europe,
+    NorthAmerica,
+    Oceania,
+    SouthAmerica,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Route {
+    #[serde(default)]
+    pub(super) models: Vec<Box<str>>,
+    #[serde(default)]
+    pub(super) tenants: Vec<Box<str>>,
+    pub(super) policy: Option<Policy>,
+    pub(super) max_detour: Option<Length>,
+    pub(super) timeout: Option<Length>,
+    pub(super) replay: Option<bool>,
+    pub(super) affinity: Option<String>,
+    pub(super) hedge: Option<Hedge>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Hedge {
+    pub(super) floor: Length,
+    pub(super) ceiling: Length,
+    pub(super) share: f32,
 }
 
 #[derive(Debug, Deserialize)]
@@ -117,15 +171,34 @@ pub(super) struct Probes {
     pub(super) timeout: Length,
     pub(super) healthy: u32,
     pub(super) unhealthy: u32,
+    pub(super) calm: Length,
     pub(super) decay: Length,
+    pub(super) relaxed: f32,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Outlier {
     pub(super) consecutive_failures: u32,
+    pub(super) failure_share: f32,
+    pub(super) failure_volume: u32,
     pub(super) ejection: Length,
     pub(super) ejection_max: Length,
+    pub(super) ejected_share: f32,
+    pub(super) error_penalty: Length,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Capacity {
+    pub(super) slow_start: Length,
+    pub(super) overprovisioning: f32,
+    pub(super) overload_replies: u32,
+    pub(super) concurrency_min: u32,
+    pub(super) concurrency_max: u32,
+    pub(super) queue: usize,
+    pub(super) queue_wait: Length,
+    pub(super) report_fresh: Length,
 }
 
 #[derive(Debug, Deserialize)]
@@ -134,6 +207,8 @@ pub(super) struct Stall {
     pub(super) silence: Length,
     pub(super) answer: Length,
     pub(super) again: Length,
+    pub(super) slow_factor: f32,
+    pub(super) slow_unknown: Length,
 }
 
 #[derive(Debug, Deserialize)]
@@ -145,6 +220,8 @@ pub(super) struct Attempts {
     pub(super) connect_timeout: Length,
     pub(super) timeout: Length,
     pub(super) replay_buffer: ByteSize,
+    pub(super) answer_buffer: ByteSize,
+    pub(super) poison_for: Length,
 }
 
 #[derive(Debug, Deserialize)]
@@ -205,6 +282,10 @@ pub(super) struct Region {
     pub(super) longitude: f32,
     pub(super) zones: Vec<Box<str>>,
     pub(super) drain: bool,
+    pub(super) weight: f32,
+    pub(super) cost: f32,
+    pub(super) soft_limit: Option<u32>,
+    pub(super) hard_limit: Option<u32>,
     #[serde(default)]
     pub(super) endpoints: Vec<Endpoint>,
     #[serde(default)]
@@ -243,10 +324,13 @@ pub(super) enum RegionAssertion {
     TrustConfig,
 }
 
-/// A model that the region serves. It has no settings yet: that it is named declares it.
+/// A model that the region serves.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Model {}
+pub(super) struct Model {
+    #[serde(default)]
+    pub(super) versions: Vec<Box<str>>,
+}
 
 /// `tenants.toml`.
 #[derive(Debug, Deserialize)]

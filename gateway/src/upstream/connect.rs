@@ -1,6 +1,7 @@
 //! Opening a connection: address, TCP, TLS, and the protocol that the two sides agree on.
 
-use std::time::Duration;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -18,18 +19,36 @@ pub(super) enum Opened {
     Http2(http2::SendRequest<RequestBody>),
 }
 
-pub(super) async fn connect(target: &Target) -> Result<Opened, String> {
-    let stream = match &target.address {
-        Address::Ip(address) => TcpStream::connect(address).await,
-        Address::Name(host, port) => TcpStream::connect((&**host, *port)).await,
-    }
-    .map_err(|error| error.to_string())?;
+/// Opens one, and tells how long TCP took to: one round trip of the network, without what the server then does.
+pub(super) async fn connect(target: &Target) -> Result<(Opened, Duration), String> {
+    let (stream, took) = tcp(&target.address).await.map_err(|error| error.to_string())?;
     stream.set_nodelay(true).map_err(|error| error.to_string())?;
-    let Some(tls) = &target.tls else { return handshake(stream, target.http2).await };
+    let Some(tls) = &target.tls else { return Ok((handshake(stream, target.http2).await?, took)) };
     let connector = TlsConnector::from(std::sync::Arc::clone(&tls.config));
     let stream = connector.connect(tls.server_name.clone(), stream).await.map_err(|error| format!("TLS: {error}"))?;
     let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-    handshake(stream, http2).await
+    Ok((handshake(stream, http2).await?, took))
+}
+
+/// The first of a name's addresses that can be connected to.
+async fn tcp(address: &Address) -> std::io::Result<(TcpStream, Duration)> {
+    let timed = async |address: SocketAddr| {
+        let began = Instant::now();
+        TcpStream::connect(address).await.map(|stream| (stream, began.elapsed()))
+    };
+    match address {
+        Address::Ip(address) => timed(*address).await,
+        Address::Name(host, port) => {
+            let mut last = std::io::Error::new(std::io::ErrorKind::NotFound, "the name has no address");
+            for address in tokio::net::lookup_host((&**host, *port)).await? {
+                match timed(address).await {
+                    Ok(connected) => return Ok(connected),
+                    Err(error) => last = error,
+                }
+            }
+            Err(last)
+        }
+    }
 }
 
 async fn handshake<S>(stream: S, http2: bool) -> Result<Opened, String>

@@ -82,10 +82,15 @@ async fn a_killed_region_is_replaced_and_returns_and_residency_holds() {
     }
 }
 
+/// MiniLM, and a gateway to which nothing is slow, only hung or not.
+fn patient() -> Plan {
+    Plan { gateway: "[stall]\nslow_unknown = \"60s\"\n".into(), ..Plan::minilm() }
+}
+
 /// A worker dies while it computes: the request is computed again elsewhere.
 #[tokio::test]
 async fn a_worker_killed_in_the_middle_of_a_request_costs_the_client_nothing() {
-    let mut world = World::start("mid-request", Plan::minilm()).await;
+    let mut world = World::start("mid-request", patient()).await;
     // Some seconds of work.
     let texts: Vec<String> =
         (0..400).map(|at| format!("{at} {}", "a long text about nothing in particular ".repeat(8))).collect();
@@ -198,7 +203,7 @@ async fn a_tenant_with_one_region_waits_out_a_pause() {
 
 #[tokio::test]
 async fn a_busy_worker_is_not_taken_for_a_hung_one() {
-    let world = World::start("busy", Plan::minilm()).await;
+    let world = World::start("busy", patient()).await;
     let text = "a long text about nothing in particular ".repeat(20);
     let texts: Vec<&str> = (0..150).map(|_| text.as_str()).collect();
     let ask = Ask { path: "/v1/embeddings", body: embeddings_body(&texts), ..Ask::default() };

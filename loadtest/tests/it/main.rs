@@ -5,9 +5,15 @@
 #![allow(unreachable_pub, reason = "one binary: nothing here is for others")]
 #![allow(clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
 
+mod capacity;
+
 mod embeddings;
 
 mod failover;
+
+mod faults;
+
+mod faulty;
 
 mod forwarding;
 
