@@ -412,6 +412,25 @@ fn an_endpoint_that_fails_its_trials_is_out_for_longer_each_time() {
 }
 
 #[test]
+fn probes_are_fewer_where_traffic_vouches_and_far_away_and_never_while_in_doubt() {
+    let second = ms(1000);
+    let fleet = fleet(vec![(region("near", 5.0), 2)]);
+    let live = &fleet.endpoints[0];
+    let relaxation = |now| live.relaxation(second, 4.0, now);
+    assert!((1.0..1.1).contains(&relaxation(NOW)), "near, and without traffic");
+    fleet.judge(RegionIndex::new(0).expect("valid"), 0, Mark::Success, NOW);
+    assert_eq!(relaxation(Time(NOW.0 + 500_000_000)), 4.0);
+    assert!(relaxation(Time(NOW.0 + 1_500_000_000)) < 1.1, "that traffic was long ago");
+    let far = well("far");
+    (1..100).for_each(|at| {
+        far.probed(answer(100.0), Time(NOW.0 + at * 1_000_000_000), &fleet.rules);
+    });
+    assert!((2.9..3.1).contains(&far.relaxation(second, 4.0, Time(NOW.0 + 200_000_000_000))));
+    live.probed(Probe::Silent, NOW, &fleet.rules);
+    assert_eq!(relaxation(NOW), 1.0, "one probe was lost");
+}
+
+#[test]
 fn a_mistyped_address_never_gets_a_request() {
     let stranger: Arc<Live> = unprobed("stranger");
     let wrong = Probe::Answered { right_region: false, ready: true, round_trip_ms: 1.0, network_ms: 1.0 };
