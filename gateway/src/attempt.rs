@@ -6,7 +6,7 @@ mod head;
 
 mod race;
 
-use std::hash::BuildHasher;
+use std::hash::{BuildHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use http::request::Parts;
@@ -241,7 +241,11 @@ fn hold_to_newest(core: &Core, request: &Attempted<'_>) -> Permitted {
 fn digest(core: &Core, request: &Attempted<'_>, body: &Received) -> u64 {
     let tenant = &*request.snapshot.tenants[request.ask.tenant].name;
     let path = request.head.uri.path_and_query().map_or("", |path| path.as_str());
-    core.shared.digests.hash_one((tenant, path, body.chunks()))
+    let mut hasher = core.shared.digests.build_hasher();
+    (tenant, path).hash(&mut hasher);
+    // However it was cut into frames.
+    body.chunks().iter().for_each(|chunk| hasher.write(chunk));
+    hasher.finish()
 }
 
 /// Tells what an attempt did to its endpoint.

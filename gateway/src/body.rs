@@ -318,7 +318,9 @@ pub(crate) enum AnswerError {
 
 impl ResponseBody {
     /// A body that is at hand.
-    pub(crate) fn whole(frames: Frames, trailers: Option<HeaderMap>, finish: Box<Finish>) -> ResponseBody {
+    pub(crate) fn whole(mut frames: Frames, trailers: Option<HeaderMap>, finish: Box<Finish>) -> ResponseBody {
+        // An answer of headers alone, as gRPC's refusals are, must end with them.
+        frames.retain(|frame| !frame.is_empty());
         ResponseBody { frames, next: 0, rest: None, trailers, finish: Some(finish) }.begun()
     }
 

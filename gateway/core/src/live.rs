@@ -587,3 +587,23 @@ impl Drop for InFlight {
         self.waiting.released();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_place_is_given_once_whoever_looked_before() {
+        let kind = Kind { assert_region: false, http: true, grpc: false, hash: 0, warm: true };
+        let (live, region) = (Arc::new(Live::new(kind)), Arc::<RegionLive>::default());
+        let waiting = Arc::<Waiting>::default();
+        let acquire = || InFlight::acquire(&live, &region, &waiting, 2);
+        let (first, second) = (acquire(), acquire());
+        assert!(first.is_some() && second.is_some() && acquire().is_none());
+        assert_eq!((live.in_flight(), region.in_flight()), (2, 2));
+        drop(first);
+        assert!(acquire().is_some());
+        drop(second);
+        assert_eq!((live.in_flight(), region.in_flight()), (0, 0));
+    }
+}

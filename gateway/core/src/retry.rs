@@ -73,8 +73,8 @@ impl Outcome {
             Outcome::Status(502) => (Retry::Replayable, Mark::Failure),
             // RFC 9110, section 15.6.4, and RFC 6585, section 4: it was not taken on, whatever it was.
             Outcome::Status(503 | 429) => (Retry::Any, Mark::Overload),
-            // RFC 9110, section 15.6.5: late, but perhaps done.
-            Outcome::Status(504) => (Retry::Replayable, Mark::Overload),
+            // RFC 9110, section 15.6.5: late, but perhaps done. It may have been the client's own deadline.
+            Outcome::Status(504) => (Retry::Replayable, Mark::None),
             // Any other answer, a 500 included, is the model's own: doing it again elsewhere gives it again. Nor does it
             // count: an input that a model cannot bear would otherwise eject every endpoint that it visits.
             Outcome::Status(500..) => (Retry::No, Mark::None),
@@ -135,14 +135,15 @@ mod tests {
 
     #[test]
     fn nothing_that_a_client_can_cause_by_itself_counts_against_an_endpoint() {
-        for outcome in [Outcome::Status(500), Outcome::Status(400), Outcome::ClientTimedOut, Outcome::ClientBody] {
-            assert_ne!(outcome.verdict().endpoint, Mark::Failure, "{outcome:?}");
+        let own = [500, 504, 400].map(Outcome::Status).into_iter();
+        for outcome in own.chain([Outcome::ClientTimedOut, Outcome::ClientBody, Outcome::Cancelled]) {
+            assert!(matches!(outcome.verdict().endpoint, Mark::None | Mark::Success), "{outcome:?}");
         }
     }
 
     #[test]
     fn overload_steers_and_does_not_eject() {
-        for status in [429, 503, 504] {
+        for status in [429, 503] {
             assert_eq!(Outcome::Status(status).verdict().endpoint, Mark::Overload);
             assert_ne!(Outcome::Status(status).verdict().retry, Retry::No);
         }
