@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use axum::extract::State;
+use axum::extract::{RawQuery, State};
 use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::app::Shared;
 use crate::endpoint::Endpoint;
-use crate::metrics;
+use crate::{explain, metrics};
 
 /// Requests at once; more wait.
 const REQUESTS_MAX: usize = 32;
@@ -33,6 +33,7 @@ pub(crate) fn serve(socket: TcpListener, shared: Arc<Shared>) -> Result<impl Fut
         .route("/metrics", get(prometheus))
         .route("/api/config", get(config))
         .route("/api/regions", get(regions))
+        .route("/api/explain", get(explained))
         // A scraper gone wild costs the data path nothing.
         .layer(tower::limit::ConcurrencyLimitLayer::new(REQUESTS_MAX))
         .with_state(shared);
@@ -43,7 +44,8 @@ pub(crate) fn serve(socket: TcpListener, shared: Arc<Shared>) -> Result<impl Fut
 
 async fn index() -> &'static str {
     "Isochrone\n\n/livez       the process works\n/readyz      it may get traffic\n/metrics     Prometheus\n\
-     /api/config  the revision in force and the rejected one\n/api/regions regions and endpoints as they are now\n"
+     /api/config  the revision in force and the rejected one\n/api/regions regions and endpoints as they are now\n\
+     /api/explain?ip=ADDRESS&tenant=NAME&model=NAME  why such a request goes where it goes\n"
 }
 
 /// Ready once every endpoint has been probed, either way: before that a pick would be a guess. A region that is down does
@@ -62,6 +64,13 @@ async fn ready(State(shared): State<Arc<Shared>>) -> (StatusCode, &'static str) 
 async fn prometheus(State(shared): State<Arc<Shared>>) -> Response {
     const KIND: (HeaderName, &str) = (header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8");
     ([KIND], metrics::text(&shared)).into_response()
+}
+
+async fn explained(State(shared): State<Arc<Shared>>, RawQuery(query): RawQuery) -> Response {
+    match explain::answer(&shared.snapshot.load_full(), &query.unwrap_or_default(), shared.now()) {
+        Ok(explanation) => Json(explanation).into_response(),
+        Err(error) => (StatusCode::BAD_REQUEST, Json(json!({ "error": error }))).into_response(),
+    }
 }
 
 async fn config(State(shared): State<Arc<Shared>>) -> Json<Value> {

@@ -8,10 +8,12 @@ mod race;
 
 use std::hash::{BuildHasher, Hash, Hasher};
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::request::Parts;
 use isochrone_core::Time;
 use isochrone_core::course::{self, Attempt, Course, Next, NotBegun, Why};
+use isochrone_core::fleet::Sent;
 use isochrone_core::live::{InFlight, Told};
 use isochrone_core::pick::{Nobody, Query};
 use isochrone_core::queue::Turn;
@@ -73,6 +75,8 @@ pub(crate) struct Upstream {
     pub(crate) endpoint: Arc<Endpoint>,
     pub(crate) lease: Lease,
     pub(crate) in_flight: Option<InFlight>,
+    /// Where it is in the fleet and what was sent there, for judging an answer that breaks off.
+    pub(crate) place: Option<((RegionIndex, usize), Sent)>,
 }
 
 /// An attempt that has begun.
@@ -165,7 +169,11 @@ async fn begin_or_wait<'a>(
         // Something may have been released just before this request joined.
         match begin(core, request, course, Why::Needed, record) {
             Err(FULL) => {}
-            begun => return begun,
+            Ok(begun) => return Ok(begun),
+            Err(why) => {
+                waiting.pass(passing);
+                return Err(why);
+            }
         }
         // What this one's turn was for is of no use to it: the next may look.
         waiting.pass(passing);
@@ -175,7 +183,11 @@ async fn begin_or_wait<'a>(
         }
         match begin(core, request, course, Why::Needed, record) {
             Err(FULL) => {}
-            begun => return begun,
+            Ok(begun) => return Ok(begun),
+            Err(why) => {
+                waiting.pass(passing);
+                return Err(why);
+            }
         }
     }
 }
@@ -189,7 +201,8 @@ fn begin<'a>(
     record: &mut Record,
 ) -> Result<Begun<'a>, NotBegun> {
     let (now, snapshot) = (core.now(), request.snapshot);
-    let permitted = if course.attempts() == 0 { request.permitted } else { hold_to_newest(core, request) };
+    // The first attempt too: its body may have been long in coming.
+    let permitted = hold_to_newest(core, request);
     let rules = &snapshot.config.attempts.rules;
     let query = request.query();
     let attempt = course.begin(&snapshot.fleet, &query, &permitted, rules, why, now, || fastrand::u64(..))?;
@@ -218,10 +231,13 @@ impl Attempted<'_> {
         }
     }
 
-    fn outcome(&self, result: &Result<Answer, Failure>, whole: bool) -> Outcome {
+    fn outcome(&self, result: &Result<Answer, Failure>, whole: bool, took: Duration) -> Outcome {
         match result {
+            // The worker's answer to a deadline that the client chose: that is the client's answer.
+            Ok(answer) if answer.status() == 504 && !self.own_deadline => Outcome::ClientTimedOut,
             Ok(answer) => Outcome::Status(answer.status()),
-            Err(Failure::Deadline) if self.own_deadline && whole => Outcome::TimedOut,
+            // An endpoint that was asked late, after a slow body or another's failure, is not to blame for the deadline.
+            Err(Failure::Deadline) if self.own_deadline && whole && took >= self.route.timeout / 2 => Outcome::TimedOut,
             Err(failure) => failure.outcome(),
         }
     }
@@ -248,8 +264,11 @@ fn digest(core: &Core, request: &Attempted<'_>, body: &Received) -> u64 {
     hasher.finish()
 }
 
-/// Tells what an attempt did to its endpoint.
-fn tell(endpoint: &Endpoint, outcome: Outcome, told: Option<Told>) {
+/// Tells what an attempt did to its endpoint. Whatever that was, a probe is not to wait until its time.
+pub(crate) fn tell(endpoint: &Endpoint, outcome: Outcome, told: Option<Told>) {
+    if told.is_some() {
+        endpoint.wake.notify_one();
+    }
     let (region, address, outcome) = (&endpoint.config.region, endpoint.name(), outcome.as_str());
     match told {
         None => {}

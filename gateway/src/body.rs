@@ -2,10 +2,11 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
@@ -81,13 +82,15 @@ impl Received {
     pub(crate) fn for_attempt(&mut self) -> RequestBody {
         let rest = self.rest.take();
         self.gone |= rest.is_some();
-        RequestBody { chunks: self.chunks.clone(), next: 0, rest, trailers: self.trailers.clone() }
+        let client_broke = rest.is_some().then(Arc::default);
+        RequestBody { chunks: self.chunks.clone(), next: 0, rest, trailers: self.trailers.clone(), client_broke }
     }
 
     /// The body once more, of a request whose body is whole.
     pub(crate) fn again(&self) -> RequestBody {
         debug_assert!(self.is_whole(), "a body that cannot be sent again");
-        RequestBody { chunks: self.chunks.clone(), next: 0, rest: None, trailers: self.trailers.clone() }
+        let (chunks, trailers) = (self.chunks.clone(), self.trailers.clone());
+        RequestBody { chunks, next: 0, rest: None, trailers, client_broke: None }
     }
 
     /// Takes back a body of which nothing was sent.
@@ -150,52 +153,101 @@ pub(crate) async fn discard(mut body: Incoming) {
     let _ = tokio::time::timeout(DISCARD_FOR, all).await;
 }
 
-/// Reads frames until the body ends, or until there are more bytes than `most` and the model has been found.
-async fn collect(mut body: Incoming, call: &Call, most: usize) -> Result<Received, Error> {
-    let mut chunks: Vec<Bytes> = Vec::new();
-    let mut one = None;
-    let mut size = 0;
-    let mut trailers = None;
-    let needs_model = call.model == ModelIn::FirstMessage;
-    while size <= most || (needs_model && size <= PEEK_MAX && call::model_in_message(&joined(&chunks, &one))?.is_none())
-    {
-        if !needs_model && most == 0 {
-            break;
+/// Frames smaller than this are put together: as they came, each would cost more than it holds.
+const SMALL: usize = 1 << 10;
+const TOGETHER: usize = 16 << 10;
+
+/// How often a stream's beginning is searched for its model at each frame; after that, whenever it has doubled.
+const LOOKS: usize = 64;
+
+/// What has been received of a body.
+#[derive(Default)]
+struct Kept {
+    /// The usual case: one frame, and no allocation.
+    one: Option<Bytes>,
+    many: Vec<Bytes>,
+    small: BytesMut,
+    size: usize,
+}
+
+impl Kept {
+    fn push(&mut self, data: Bytes) {
+        self.size += data.len();
+        if self.one.is_none() && self.many.is_empty() && self.small.is_empty() {
+            self.one = Some(data);
+            return;
         }
-        match body.frame().await {
-            None => {
-                let chunks = finished(one, chunks);
-                return Ok(Received { chunks, rest: None, gone: false, trailers });
+        if let Some(first) = self.one.take() {
+            self.append(first);
+        }
+        self.append(data);
+    }
+
+    fn append(&mut self, data: Bytes) {
+        if data.len() < SMALL {
+            self.small.extend_from_slice(&data);
+            if self.small.len() < TOGETHER {
+                return;
             }
-            Some(Err(_)) => return Err(Error::BrokenBody),
-            Some(Ok(frame)) => match frame.into_data() {
-                Ok(data) => {
-                    size += data.len();
-                    match one {
-                        None if chunks.is_empty() => one = Some(data),
-                        _ => {
-                            chunks.extend(one.take());
-                            chunks.push(data);
-                        }
-                    }
-                    // Knowing the end without asking for one more frame saves a turn of the loop.
-                    if body.is_end_stream() {
-                        return Ok(Received { chunks: finished(one, chunks), rest: None, gone: false, trailers });
-                    }
-                }
-                Err(frame) => trailers = frame.into_trailers().ok(),
-            },
+        }
+        if !self.small.is_empty() {
+            self.many.push(self.small.split().freeze());
+        }
+        if data.len() >= SMALL {
+            self.many.push(data);
         }
     }
-    Ok(Received { chunks: finished(one, chunks), rest: Some(body), gone: false, trailers })
+
+    fn joined(&self) -> Bytes {
+        match &self.one {
+            Some(one) => one.clone(),
+            None => [self.many.concat().as_slice(), &self.small].concat().into(),
+        }
+    }
+
+    fn finished(mut self) -> Chunks {
+        if self.many.is_empty() && self.small.is_empty() {
+            return Chunks::One(self.one);
+        }
+        if !self.small.is_empty() {
+            self.many.push(self.small.freeze());
+        }
+        Chunks::Many(self.many.into())
+    }
 }
 
-fn finished(one: Option<Bytes>, chunks: Vec<Bytes>) -> Chunks {
-    if chunks.is_empty() { Chunks::One(one) } else { Chunks::Many(chunks.into()) }
-}
-
-fn joined(chunks: &[Bytes], one: &Option<Bytes>) -> Bytes {
-    one.clone().unwrap_or_else(|| chunks.concat().into())
+/// Reads frames until the body ends, or until there are more bytes than `most` and the model has been found.
+async fn collect(mut body: Incoming, call: &Call, most: usize) -> Result<Received, Error> {
+    let (mut kept, mut trailers) = (Kept::default(), None);
+    let needs_model = call.model == ModelIn::FirstMessage;
+    let (mut looks, mut looked) = (0, 0);
+    loop {
+        if kept.size > most || (most == 0 && !needs_model) {
+            if !needs_model || kept.size > PEEK_MAX {
+                break;
+            }
+            if looks < LOOKS || kept.size >= looked * 2 {
+                (looks, looked) = (looks + 1, kept.size);
+                if call::model_in_message(&kept.joined())?.is_some() {
+                    break;
+                }
+            }
+        }
+        let Some(frame) = body.frame().await else {
+            return Ok(Received { chunks: kept.finished(), rest: None, gone: false, trailers });
+        };
+        match frame.map_err(|_| Error::BrokenBody)?.into_data() {
+            Ok(data) => {
+                kept.push(data);
+                // Knowing the end without asking for one more frame saves a turn of the loop.
+                if body.is_end_stream() {
+                    return Ok(Received { chunks: kept.finished(), rest: None, gone: false, trailers });
+                }
+            }
+            Err(frame) => trailers = frame.into_trailers().ok(),
+        }
+    }
+    Ok(Received { chunks: kept.finished(), rest: Some(body), gone: false, trailers })
 }
 
 /// The model that the call names.
@@ -223,6 +275,8 @@ pub(crate) struct RequestBody {
     next: usize,
     rest: Option<Incoming>,
     trailers: Option<HeaderMap>,
+    /// Set when the client's side of `rest` breaks.
+    client_broke: Option<Arc<AtomicBool>>,
 }
 
 /// The client's side of a body broke: not the endpoint's fault.
@@ -233,7 +287,12 @@ pub(crate) struct ClientBodyError(#[source] hyper::Error);
 impl RequestBody {
     /// A body of nothing.
     pub(crate) fn empty() -> RequestBody {
-        RequestBody { chunks: Chunks::One(None), next: 0, rest: None, trailers: None }
+        RequestBody { chunks: Chunks::One(None), next: 0, rest: None, trailers: None, client_broke: None }
+    }
+
+    /// Whether the client's side has broken, to be asked when the body itself is gone.
+    pub(crate) fn client_broke(&self) -> Option<Arc<AtomicBool>> {
+        self.client_broke.clone()
     }
 }
 
@@ -250,7 +309,12 @@ impl Body for RequestBody {
             return Poll::Ready(Some(Ok(Frame::data(chunk))));
         }
         match &mut self.rest {
-            Some(rest) => Pin::new(rest).poll_frame(context).map_err(ClientBodyError),
+            Some(rest) => Pin::new(rest).poll_frame(context).map_err(|error| {
+                if let Some(broke) = &self.client_broke {
+                    broke.store(true, Relaxed);
+                }
+                ClientBodyError(error)
+            }),
             None => Poll::Ready(self.trailers.take().map(|trailers| Ok(Frame::trailers(trailers)))),
         }
     }
@@ -302,7 +366,7 @@ pub(crate) enum InBand {
     /// It has no words for it: the client's connection or stream is broken off too.
     None,
     /// Server-sent events: one more event, in the caller's dialect.
-    Events { openai: bool, line_ended: bool },
+    Events { openai: bool },
     /// gRPC: trailers with a status.
     Grpc,
 }
@@ -359,7 +423,7 @@ impl ResponseBody {
         }
         match in_band {
             InBand::None => Some(Err(error)),
-            InBand::Events { openai, line_ended } => {
+            InBand::Events { openai } => {
                 let words = Error::Broken.to_string();
                 let error = if openai {
                     json!({ "message": words, "type": "server_error", "code": Error::Broken.code() })
@@ -367,8 +431,7 @@ impl ResponseBody {
                     json!(words)
                 };
                 // An event that was cut off is ended first, so that this one is not taken for a part of it.
-                let before = if line_ended { "" } else { "\n\n" };
-                let event = format!("{before}data: {}\n\n", json!({ "error": error }));
+                let event = format!("\n\ndata: {}\n\n", json!({ "error": error }));
                 Some(Ok(Frame::data(event.into())))
             }
             InBand::Grpc => {
@@ -388,9 +451,6 @@ impl Rest {
         match Pin::new(&mut self.body).poll_frame(context) {
             Poll::Ready(frame) => {
                 self.silence = None;
-                if let (InBand::Events { line_ended, .. }, Some(Ok(frame))) = (&mut self.in_band, &frame) {
-                    *line_ended = frame.data_ref().is_none_or(|data| data.last() == Some(&b'\n'));
-                }
                 Poll::Ready(frame.map(|frame| frame.map_err(AnswerError::Broken)))
             }
             Poll::Pending => {
@@ -450,5 +510,32 @@ impl Body for ResponseBody {
             Some(rest) => SizeHint::with_exact(kept + rest),
             None => SizeHint::default(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_are_kept_in_order_and_small_ones_together() {
+        let frames = [3, 5000, 10, 10, 2000, 1, 1023, 1024, 7].map(|length| Bytes::from(vec![length as u8; length]));
+        let all = frames.concat();
+        let mut kept = Kept::default();
+        frames.into_iter().for_each(|frame| kept.push(frame));
+        assert_eq!((kept.joined(), kept.size), (all.clone().into(), all.len()));
+        let chunks = kept.finished();
+        assert_eq!(chunks.as_slice().concat(), all);
+        assert_eq!(chunks.as_slice().len(), 7, "10 and 10, and 1 and 1023, went together");
+
+        let mut bytes = Kept::default();
+        (0..100_000_u32).for_each(|at| bytes.push(Bytes::copy_from_slice(&[at as u8])));
+        let chunks = bytes.finished();
+        assert!(chunks.as_slice().len() < 10, "{}", chunks.as_slice().len());
+        assert!(chunks.as_slice().concat().iter().enumerate().all(|(at, byte)| *byte == at as u8));
+
+        let mut one = Kept::default();
+        one.push(Bytes::from_static(b"all"));
+        assert!(matches!(one.finished(), Chunks::One(Some(_))));
     }
 }

@@ -201,6 +201,14 @@ fn grpc(head: &Parts) -> Result<Call, Error> {
     }
 }
 
+/// Whether the call asks a model to compute.
+pub(crate) fn is_inference(head: &Parts) -> bool {
+    let path = head.uri.path();
+    head.method == Method::POST
+        && (path.starts_with("/v1/") || path.ends_with("/infer") || path.ends_with("/ModelInfer"))
+        || path.ends_with("/ModelStreamInfer")
+}
+
 /// The member `model` of a JSON body.
 ///
 /// # Errors
@@ -253,17 +261,24 @@ pub(crate) fn model_in_message(body: &[u8]) -> Result<Option<&str>, Error> {
 }
 
 /// Field 2 of the protobuf message that the body begins with: the version, of each call that names a model in field 1.
-/// An empty one is none.
+/// An empty one is none. One that cannot be read is [`UNREAD_VERSION`], which no region declares: only those that declare any
+/// version are left.
 pub(crate) fn version_in_message(body: &[u8]) -> Option<&str> {
-    let mut message = body.get(5..)?;
-    let mut found = None;
+    let (&[_, length @ ..], rest) = body.split_first_chunk::<5>()?;
+    let length = u32::from_be_bytes(length) as usize;
+    let Some(mut message) = rest.get(..length) else { return Some(UNREAD_VERSION) };
+    let mut found: &[u8] = b"";
     while let Ok(Some((number, bytes))) = field(&mut message) {
         if number == 2 {
-            found = std::str::from_utf8(bytes).ok();
+            found = bytes;
         }
     }
-    found.filter(|version| !version.is_empty())
+    let version = std::str::from_utf8(found).unwrap_or(UNREAD_VERSION);
+    (!version.is_empty()).then_some(version)
 }
+
+/// What a version is taken for that is not there yet or is no text.
+const UNREAD_VERSION: &str = "\u{fffd}";
 
 /// Takes one field off the front: its number, and its bytes if it has a length. `None`: it is cut off.
 fn field<'m>(message: &mut &'m [u8]) -> Result<Option<(u64, &'m [u8])>, ()> {

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use isochrone_core::Time;
-use isochrone_core::live::{Kind, Live, Probe, Rules};
+use isochrone_core::live::{Kind, Live, Probe, Report, Rules};
 use isochrone_core::steer::stable_hash;
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 
 use crate::app::Core;
 use crate::config::{EndpointConfig, Target};
-use crate::upstream::{self, Pool};
+use crate::upstream::{self, Fault, Pool, ProbeError};
 
 /// One endpoint.
 #[derive(Debug)]
@@ -25,9 +26,14 @@ pub(crate) struct Endpoint {
     grpc: Box<[Pool]>,
     /// Held while it is asked, across an await: only requests that wait in silence ever want it.
     pulse: tokio::sync::Mutex<Pulse>,
+    /// Told when it fails: its next probe is not put off.
+    pub(crate) wake: Notify,
     /// The region that it named last, if that was a wrong one: told once.
     wrong: Mutex<Option<Option<String>>>,
 }
+
+/// How long a silence speaks for requests that were sent before it.
+const SILENCE_COUNTS: Duration = Duration::from_secs(1);
 
 /// The last answer to [`Endpoint::is_alive`].
 #[derive(Debug, Default)]
@@ -40,7 +46,13 @@ struct Pulse {
 #[derive(Debug)]
 pub(crate) enum ProbeResult {
     /// It answered; `region` as far as it named one.
-    Answered { region: Option<String>, ready: Result<(), String>, round_trip_ms: f32, network_ms: f32 },
+    Answered {
+        region: Option<String>,
+        ready: Result<(), String>,
+        round_trip_ms: f32,
+        network_ms: f32,
+        report: Option<Report>,
+    },
     /// Nobody is there.
     Gone(String),
     /// It did not answer in time, or not whole.
@@ -72,6 +84,7 @@ impl Endpoint {
             http: (0..cores).map(|_| Pool::default()).collect(),
             grpc: (0..cores).map(|_| Pool::default()).collect(),
             pulse: tokio::sync::Mutex::default(),
+            wake: Notify::new(),
             wrong: Mutex::default(),
         }
     }
@@ -95,9 +108,12 @@ impl Endpoint {
     pub(crate) fn probed(&self, result: ProbeResult, now: Time, rules: &Rules) -> Option<Change> {
         let first = !self.live.is_probed();
         let (probe, why, told) = match result {
-            ProbeResult::Answered { region, ready, round_trip_ms, network_ms } => {
+            ProbeResult::Answered { region, ready, round_trip_ms, network_ms, report } => {
                 let right_region = !self.config.assert_region || region.as_deref() == Some(&*self.config.region);
                 let probe = Probe::Answered { right_region, ready: ready.is_ok(), round_trip_ms, network_ms };
+                if let Some(report) = report.filter(|_| right_region) {
+                    self.live.reported(report, now);
+                }
                 let named = (!right_region).then_some(region);
                 let told = std::mem::replace(&mut *self.wrong.lock(), named.clone()) != named;
                 let why = if right_region { ready.err() } else { Some("it is not in its file's region".into()) };
@@ -121,9 +137,15 @@ impl Endpoint {
     /// If it has been silent to a question that was put after the request was sent, at `sent`, it need not be asked again.
     pub(crate) async fn is_alive(&self, core: &Core, sent: Time, since: Time, wait: Duration) -> bool {
         let mut pulse = self.pulse.lock().await;
-        if pulse.asked < if pulse.alive { since } else { sent } {
+        let is_old = core.now().since(pulse.asked) > SILENCE_COUNTS;
+        if is_old || pulse.asked < if pulse.alive { since } else { sent } {
             let asked = core.now();
-            let alive = matches!(tokio::time::timeout(wait, upstream::probe(self)).await, Ok(Ok(_)));
+            let alive = match tokio::time::timeout(wait, upstream::probe(self)).await {
+                // This gateway cannot ask: that is no silence of the endpoint's.
+                Ok(Err(ProbeError::Connect(why))) => why.fault == Fault::Here,
+                Ok(answer) => answer.is_ok(),
+                Err(_) => false,
+            };
             *pulse = Pulse { asked, alive };
         }
         pulse.alive

@@ -12,7 +12,6 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use isochrone_core::course::{NotBegun, Why};
 use isochrone_core::geo::Location;
 use isochrone_core::pick::{Choice, Nobody, Query};
-use isochrone_core::region::RegionIndex;
 use isochrone_core::retry::Outcome;
 use isochrone_core::steer::Score;
 use isochrone_telemetry::{SPANS, timestamp, trace};
@@ -182,16 +181,8 @@ impl Record {
         why: Why<'_>,
         endpoint: &Endpoint,
     ) -> Span {
-        let name = |region: RegionIndex| &*snapshot.regions[region.get()].name;
         let before = self.attempts.last();
-        let policy = query.steering.policy_for(query.client.location.point);
-        let country = query.client.location.country;
-        let country = country.as_ref().map_or("??", |country| country.as_str());
-        // Roomy enough for the usual one, so that it is allocated once.
-        let mut reason = String::with_capacity(160);
-        push(&mut reason, &[policy.as_str(), " ", name(choice.region), " "]);
-        score(&mut reason, &choice.score, query.steering.by_distance(query.client.location.point));
-        push(&mut reason, &["; client ", country, " by ", query.client.location.source.as_str()]);
+        let mut reason = reason_begins(snapshot, query, choice);
         match (why, before) {
             (Why::Slow, Some(before)) => push(&mut reason, &["; beside slow ", &before.decision.region]),
             (Why::Hedge(_), Some(before)) => push(&mut reason, &["; hedge of ", &before.decision.region]),
@@ -200,12 +191,7 @@ impl Record {
             }
             _ => {}
         }
-        if let Some((region, why)) = choice.instead_of {
-            push(&mut reason, &["; ", name(region), " ", why.as_str()]);
-        }
-        if choice.panic {
-            reason.push_str("; panic");
-        }
+        reason_ends(&mut reason, snapshot, choice);
         let region = Arc::clone(&snapshot.regions[choice.region.get()].name);
         self.core.shared.counts.begun(&region, why);
         self.decided = self.attempts.len();
@@ -271,6 +257,11 @@ impl Record {
     /// The answer that the client gets is that of the attempt of this number.
     pub(crate) fn decided(&mut self, number: usize) {
         self.decided = number;
+    }
+
+    /// The snapshot that the request sees.
+    pub(crate) fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
     }
 
     /// Where the answer is from, or the last attempt went, and why.
@@ -374,6 +365,35 @@ impl Drop for Record {
     fn drop(&mut self) {
         // The client left: before the answer, or in the middle of it.
         self.end(false);
+    }
+}
+
+/// Why the first attempt of such a request goes where it goes: what `explain` says.
+pub(crate) fn reason(snapshot: &Snapshot, query: &Query<'_>, choice: &Choice) -> String {
+    let mut reason = reason_begins(snapshot, query, choice);
+    reason_ends(&mut reason, snapshot, choice);
+    reason
+}
+
+fn reason_begins(snapshot: &Snapshot, query: &Query<'_>, choice: &Choice) -> String {
+    let point = query.client.location.point;
+    let country = query.client.location.country;
+    let country = country.as_ref().map_or("??", |country| country.as_str());
+    // Roomy enough for the usual one, so that it is allocated once.
+    let mut reason = String::with_capacity(160);
+    let region = &*snapshot.regions[choice.region.get()].name;
+    push(&mut reason, &[query.steering.policy_for(point).as_str(), " ", region, " "]);
+    score(&mut reason, &choice.score, query.steering.by_distance(point));
+    push(&mut reason, &["; client ", country, " by ", query.client.location.source.as_str()]);
+    reason
+}
+
+fn reason_ends(reason: &mut String, snapshot: &Snapshot, choice: &Choice) {
+    if let Some((region, why)) = choice.instead_of {
+        push(reason, &["; ", &*snapshot.regions[region.get()].name, " ", why.as_str()]);
+    }
+    if choice.panic {
+        reason.push_str("; panic");
     }
 }
 

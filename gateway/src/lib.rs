@@ -42,6 +42,8 @@ mod event;
 
 mod text;
 
+pub mod explain;
+
 mod probe;
 
 mod admin;

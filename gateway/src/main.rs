@@ -4,8 +4,9 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use isochrone_gateway::config::{self, Opened};
+use isochrone_gateway::explain::{self, Question};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -37,9 +38,42 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Tell where a client's request would go, and why. Exits 1 if nowhere.
+    Explain(Explain),
     /// Work with API keys.
     #[command(subcommand)]
     Key(Key),
+}
+
+#[derive(Args)]
+struct Explain {
+    /// The directory; everybody is then taken to be well, and nothing is measured.
+    #[arg(long, value_name = "DIR", required_unless_present = "admin")]
+    config: Option<PathBuf>,
+    /// A running gateway's admin address, such as http://127.0.0.1:9901: what it knows counts.
+    #[arg(long, value_name = "URL", conflicts_with = "config")]
+    admin: Option<String>,
+    /// The client's address.
+    #[arg(long, value_name = "ADDRESS")]
+    ip: std::net::IpAddr,
+    /// The tenant; the anonymous one, or else the only one, if none is named.
+    #[arg(long, value_name = "NAME")]
+    tenant: Option<String>,
+    /// The model.
+    #[arg(long, value_name = "NAME")]
+    model: Option<String>,
+    /// The model's version.
+    #[arg(long, requires = "model")]
+    version: Option<String>,
+    /// A region that is taken to be down. May be given more than once.
+    #[arg(long, value_name = "REGION")]
+    assume_down: Vec<String>,
+    /// A request over gRPC.
+    #[arg(long)]
+    grpc: bool,
+    /// For programs.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Subcommand)]
@@ -60,6 +94,7 @@ fn main() -> ExitCode {
     let code = match Arguments::parse().command {
         Command::Serve { config } => serve(&config),
         Command::Check { config, json } => check(&config, json, &mut out),
+        Command::Explain(arguments) => explain(arguments, &mut out),
         Command::Key(Key::New { tenant, json }) => new_key(&tenant, json, &mut out),
     };
     // A reader that has gone away has read what it wanted.
@@ -90,6 +125,31 @@ fn check(directory: &std::path::Path, json: bool, out: &mut impl Write) -> std::
         writeln!(out, "{problem}")?;
     }
     Ok(code)
+}
+
+fn explain(arguments: Explain, out: &mut impl Write) -> std::io::Result<ExitCode> {
+    let Explain { config, admin, ip, tenant, model, version, assume_down, grpc, json } = arguments;
+    let question = Question { ip, tenant, model, version, assume_down, grpc };
+    let explained = match (&admin, &config) {
+        (Some(admin), _) => explain::online(admin, &question),
+        (None, Some(directory)) => explain::offline(directory, &question)
+            .and_then(|explanation| serde_json::to_value(explanation).map_err(|error| vec![error.to_string()])),
+        (None, None) => Err(vec!["--config or --admin".into()]),
+    };
+    let explanation = match explained {
+        Ok(explanation) => explanation,
+        Err(problems) => {
+            let mut errors = std::io::stderr();
+            problems.iter().try_for_each(|problem| writeln!(errors, "isochrone: {problem}"))?;
+            return Ok(ExitCode::from(2));
+        }
+    };
+    if json {
+        writeln!(out, "{explanation}")?;
+    } else {
+        write!(out, "{}", explain::table(&explanation))?;
+    }
+    Ok(if explanation["pick"].is_null() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 fn new_key(tenant: &str, json: bool, out: &mut impl Write) -> std::io::Result<ExitCode> {

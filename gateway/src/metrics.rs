@@ -38,11 +38,12 @@ struct RegionCounts {
     durations: Histogram,
 }
 
-const OUTCOMES: [&str; 12] = [
+const OUTCOMES: [&str; 13] = [
     "ok",
     "unavailable",
     "server_error",
     "connect_failed",
+    "unconnected",
     "refused",
     "reset",
     "broken",

@@ -1,7 +1,7 @@
 //! Permission: the rules of the tenant, the country and the model turned into the set of regions that may see the request.
 
 use isochrone_core::geo::Location;
-use isochrone_core::region::RegionSet;
+use isochrone_core::region::{RegionIndex, RegionSet};
 use isochrone_core::residency::{Permitted, permit as permit_regions};
 
 use crate::body::Received;
@@ -69,6 +69,10 @@ pub(crate) fn hold_to(newest: &Snapshot, begun: &Snapshot, permitted: Permitted,
     });
     permitted.narrowed(|region| {
         let name = &begun.regions[region.get()].name;
-        now.as_ref().is_some_and(|now| now.regions().iter().any(|other| newest.regions[other.get()].name == *name))
+        // One that has been drained meanwhile takes nothing new either.
+        let still = |other: RegionIndex| {
+            newest.regions[other.get()].name == *name && !newest.config.regions[other.get()].region.drain
+        };
+        now.as_ref().is_some_and(|now| now.regions().iter().any(still))
     })
 }

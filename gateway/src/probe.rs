@@ -10,7 +10,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::app::Shared;
 use crate::config;
 use crate::endpoint::{Change, Endpoint, ProbeResult};
-use crate::upstream::{self, ProbeError, REGION};
+use crate::load_report;
+use crate::upstream::{self, Fault, ProbeError, REGION, Unreached};
 
 /// The running probes, by endpoint. Dropping one's guard ends it.
 pub(crate) struct Probes {
@@ -53,27 +54,45 @@ async fn probe(shared: Arc<Shared>, endpoint: Arc<Endpoint>) {
     loop {
         let rules = shared.snapshot.load().config.probes;
         let result = tokio::time::timeout(rules.timeout, ask(&endpoint)).await;
-        let result = result.unwrap_or_else(|_| ProbeResult::Silent(format!("no answer within {:?}", rules.timeout)));
+        let silent = || Ok(ProbeResult::Silent(format!("no answer within {:?}", rules.timeout)));
+        let result = match result.unwrap_or_else(|_| silent()) {
+            Ok(result) => result,
+            Err(why) => {
+                // Not an endpoint's fault: what is known of it stays. Told each time, since it is this machine that is ill.
+                tracing::error!(region = %endpoint.config.region, endpoint = endpoint.name(), why, "this gateway cannot probe");
+                tokio::time::sleep(jittered(&rules)).await;
+                continue;
+            }
+        };
         let changed = endpoint.probed(result, shared.now(), &shared.snapshot.load().config.live);
         if let Some(change) = changed {
             tell(&endpoint, &change);
         }
         let relaxation = endpoint.live.relaxation(rules.interval, rules.relaxed, shared.now());
-        tokio::time::sleep(jittered(&rules).mul_f32(relaxation)).await;
+        // A failure cuts the wait short, but no shorter than the usual one.
+        let usual = jittered(&rules);
+        tokio::time::sleep(usual).await;
+        let _ = tokio::time::timeout(usual.mul_f32(relaxation - 1.0), endpoint.wake.notified()).await;
     }
 }
 
-async fn ask(endpoint: &Endpoint) -> ProbeResult {
-    match upstream::probe(endpoint).await {
+/// The error is why this gateway could not even ask.
+async fn ask(endpoint: &Endpoint) -> Result<ProbeResult, String> {
+    Ok(match upstream::probe(endpoint).await {
         Ok((head, took, connected)) => ProbeResult::Answered {
             region: head.headers.get(REGION).and_then(|name| name.to_str().ok()).map(str::to_owned),
             ready: if head.status == StatusCode::OK { Ok(()) } else { Err(format!("it answers {}", head.status)) },
             round_trip_ms: took.as_secs_f32() * 1000.0,
             network_ms: connected.as_secs_f32() * 1000.0,
+            report: load_report::parse(&head.headers),
         },
-        Err(ProbeError::Connect(why)) => ProbeResult::Gone(why),
+        Err(ProbeError::Connect(Unreached { why, fault })) => match fault {
+            Fault::Gone => ProbeResult::Gone(why),
+            Fault::There => ProbeResult::Silent(why),
+            Fault::Here => return Err(why),
+        },
         Err(ProbeError::Answer(why)) => ProbeResult::Silent(why),
-    }
+    })
 }
 
 /// Without jitter the probes of many gateways fall into step and arrive as one burst.

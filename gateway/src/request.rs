@@ -117,7 +117,8 @@ async fn answer(
         route,
         permitted,
         ask: Ask { tenant: caller.tenant, location: &location, model: model.map(|model| (&*model.name, version)) },
-        model: model.map(|model| model.index),
+        // What other calls take says nothing of the model's speed, and they are not what its limits are for.
+        model: model.filter(|_| call::is_inference(head)).map(|model| model.index),
         client: geo::client_hash(caller.client_ip),
         call: &call,
         head,

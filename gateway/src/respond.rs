@@ -5,11 +5,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
+use isochrone_core::retry::{Mark, Outcome};
 use serde_json::json;
 use smallvec::{SmallVec, smallvec};
 
 use crate::app::Core;
-use crate::attempt::{Answer, AnswerBody, Upstream};
+use crate::attempt::{self, Answer, AnswerBody, Upstream};
 use crate::body::{InBand, ResponseBody};
 use crate::call::Dialect;
 use crate::error::Error;
@@ -71,7 +72,12 @@ impl Finish {
 
     /// The endpoint broke off in the middle.
     pub(crate) fn broken(&mut self) {
-        self.upstream = None;
+        if let Some((upstream, _)) = self.upstream.take()
+            && let Some((place, sent)) = upstream.place
+        {
+            let told = self.record.snapshot().fleet.judge(place, sent, Mark::Failure, self.core.now());
+            attempt::tell(&upstream.endpoint, Outcome::Broken, told);
+        }
         self.record.end(false);
     }
 }
@@ -113,9 +119,7 @@ fn in_band(headers: &HeaderMap, dialect: Dialect) -> InBand {
     match dialect {
         Dialect::Grpc => InBand::Grpc,
         // With a declared length one more event would be one too many.
-        _ if events && !headers.contains_key(CONTENT_LENGTH) => {
-            InBand::Events { openai: dialect == Dialect::OpenAi, line_ended: true }
-        }
+        _ if events && !headers.contains_key(CONTENT_LENGTH) => InBand::Events { openai: dialect == Dialect::OpenAi },
         _ => InBand::None,
     }
 }

@@ -2,6 +2,7 @@
 
 mod connect;
 
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,6 +13,8 @@ use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use isochrone_core::Time;
 use parking_lot::Mutex;
+
+pub(crate) use self::connect::{Fault, Unreached};
 
 use crate::body::{ClientBodyError, RequestBody};
 use crate::config::Target;
@@ -61,10 +64,9 @@ enum Connection {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SendError {
     /// No connection: nothing was sent.
-    #[error("no connection: {why}")]
+    #[error("no connection: {}", .why.why)]
     Connect {
-        /// In words for the operator.
-        why: String,
+        why: Unreached,
         /// The body, unused.
         unsent: Option<Box<RequestBody>>,
     },
@@ -117,6 +119,7 @@ pub(crate) async fn send(
     now: Time,
 ) -> Result<(Response<Incoming>, Lease), SendError> {
     let path = outgoing.uri.path_and_query().map_or("/", |path| path.as_str());
+    let client_broke = body.client_broke();
     let mut request = Request::new(body);
     *request.method_mut() = outgoing.method.clone();
     *request.headers_mut() = outgoing.headers;
@@ -143,7 +146,7 @@ pub(crate) async fn send(
                 *request.version_mut() = Version::HTTP_2;
                 *request.uri_mut() = match target.uri(path) {
                     Ok(uri) => uri,
-                    Err(error) => return Err(unsent(error.to_string(), request)),
+                    Err(error) => return Err(unsent(Unreached::there(error), request)),
                 };
                 request.headers_mut().remove(HOST);
                 if outgoing.grpc {
@@ -158,7 +161,9 @@ pub(crate) async fn send(
             Err(mut error) => match error.take_message() {
                 // It was closed while idle, and nothing has been sent: another connection.
                 Some(message) if reused => request = message,
-                Some(message) => return Err(unsent(error.into_error().to_string(), message)),
+                Some(message) => return Err(unsent(Unreached::there(error.into_error()), message)),
+                // hyper keeps the cause to itself over HTTP/2, and a client must not have an endpoint blamed for its own body.
+                None if client_broke.is_some_and(|broke| broke.load(Relaxed)) => return Err(SendError::ClientBody),
                 None => return Err(reason(error.into_error())),
             },
         }
@@ -166,7 +171,7 @@ pub(crate) async fn send(
 }
 
 /// Nothing of the request was sent: its body can be had back.
-fn unsent(why: String, request: Request<RequestBody>) -> SendError {
+fn unsent(why: Unreached, request: Request<RequestBody>) -> SendError {
     SendError::Connect { why, unsent: Some(Box::new(request.into_body())) }
 }
 
@@ -227,24 +232,26 @@ impl Pool {
         target: &Target,
         grpc: bool,
         timeout: Duration,
-    ) -> Result<Connection, String> {
-        let late = |_| format!("not within {timeout:?}");
+    ) -> Result<Connection, Unreached> {
+        let late = |_| Unreached::there(format!("not within {timeout:?}"));
         // Boxed: they are large and rare, and would make every request's future as large.
         let opening = Box::pin(connect::connect(target));
         let (mut opened, _) = tokio::time::timeout(timeout, opening).await.map_err(late)??;
         // A gRPC address has no such path; there the endpoint's HTTP probe has to do.
         if endpoint.config.assert_region && !grpc {
             let asking = Box::pin(ask(&mut opened, target, READY));
-            let head = tokio::time::timeout(timeout, asking).await.map_err(late)??;
+            let head = tokio::time::timeout(timeout, asking).await.map_err(late)?.map_err(Unreached::there)?;
             if head.headers.get(REGION).is_none_or(|named| named.as_bytes() != endpoint.config.region.as_bytes()) {
                 endpoint.live.doubt();
-                return Err("it does not name its file's region".into());
+                return Err(Unreached::there("it does not name its file's region"));
             }
         }
         Ok(match opened {
             connect::Opened::Http1(mut sender) => {
                 let ready = tokio::time::timeout(timeout, sender.ready()).await.map_err(late)?;
-                ready.map_err(|error| format!("it closes the connection on which it named its region: {error}"))?;
+                ready.map_err(|error| {
+                    Unreached::there(format!("it closes the connection on which it named its region: {error}"))
+                })?;
                 Connection::Http1(sender)
             }
             connect::Opened::Http2(sender) => {
@@ -263,7 +270,7 @@ const PROBE_BODY_MAX: usize = 64 << 10;
 #[derive(Debug)]
 pub(crate) enum ProbeError {
     /// No connection.
-    Connect(String),
+    Connect(Unreached),
     /// No whole answer on it.
     Answer(String),
 }
@@ -274,7 +281,8 @@ pub(crate) enum ProbeError {
 /// # Errors
 /// See [`ProbeError`].
 pub(crate) async fn probe(endpoint: &Endpoint) -> Result<(http::response::Parts, Duration, Duration), ProbeError> {
-    let target = endpoint.config.http.as_ref().ok_or_else(|| ProbeError::Connect("it has no HTTP address".into()))?;
+    let target =
+        endpoint.config.http.as_ref().ok_or_else(|| ProbeError::Connect(Unreached::there("it has no HTTP address")))?;
     let (mut opened, connected) = Box::pin(connect::connect(target)).await.map_err(ProbeError::Connect)?;
     let began = std::time::Instant::now();
     let head = ask(&mut opened, target, READY).await.map_err(ProbeError::Answer)?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::Time;
 use crate::budget::Budget;
-use crate::fleet::Fleet;
+use crate::fleet::{Fleet, Sent};
 use crate::invariant;
 use crate::live::{InFlight, Live, Told};
 use crate::pick::{Choice, Nobody, Query, Tried, pick};
@@ -137,7 +137,8 @@ impl Course {
         now: Time,
     ) -> bool {
         let tried = Tried { endpoints: self.tried(), suspect: self.suspect };
-        self.attempts < rules.max.min(ATTEMPTS_MAX) && pick(fleet, query, permitted, tried, now, 0).is_ok()
+        let picked = pick(fleet, query, permitted, tried, now, 0);
+        self.attempts < rules.max.min(ATTEMPTS_MAX) && picked.is_ok_and(|choice| !choice.panic)
     }
 
     /// Begins the next attempt.
@@ -181,7 +182,9 @@ impl Course {
                 continue;
             }
             let hard_limit = region.region.hard_limit;
-            let Some(in_flight) = InFlight::acquire(live, &region.live, &fleet.waiting, hard_limit) else { continue };
+            let measured = fleet.model_at(query.model, choice.endpoint);
+            let in_flight = InFlight::acquire(live, &region.live, measured, &fleet.waiting, hard_limit);
+            let Some(in_flight) = in_flight else { continue };
             let model = query.model.and_then(|model| fleet.models.get(model));
             if self.attempts == 0 {
                 live.budget.deposit(now);
@@ -226,14 +229,20 @@ impl Course {
         let took = now.since(attempt.began);
         if let Some(model) = fleet.model_at(query.model, endpoint) {
             match verdict.endpoint {
-                Mark::Success => model.answered(took, now),
+                // What was refused for its input says nothing of the model's speed.
+                Mark::Success if matches!(outcome, Outcome::Status(..300)) => model.answered(took, now),
+                Mark::Success => {}
+                Mark::None if matches!(outcome, Outcome::Status(500..)) => {
+                    model.failed(took, fleet.rules.error_penalty, now);
+                }
                 Mark::Failure | Mark::Unreachable | Mark::Overload | Mark::Dead => {
                     model.failed(took, fleet.rules.error_penalty, now);
                 }
                 Mark::None => {}
             }
         }
-        let told = fleet.judge(region, endpoint, verdict.endpoint, now);
+        let sent = Sent { began: attempt.began, model: query.model, grpc: query.grpc };
+        let told = fleet.judge((region, endpoint), sent, verdict.endpoint, now);
         attempt.trial = None;
 
         match outcome {
@@ -282,7 +291,8 @@ impl Course {
         let idle = fleet.endpoints[endpoint].succeeded_at() < attempt.began && attempt.began < now;
         let slow = took >= fleet.rules.error_penalty;
         let outcome = if idle && slow { Outcome::Outrun } else { Outcome::Cancelled };
-        let told = fleet.judge(region, endpoint, outcome.verdict().endpoint, now);
+        let sent = Sent { began: attempt.began, model: query.model, grpc: query.grpc };
+        let told = fleet.judge((region, endpoint), sent, outcome.verdict().endpoint, now);
         attempt.trial = None;
         (outcome, told)
     }

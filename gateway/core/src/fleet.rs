@@ -69,6 +69,17 @@ pub struct FleetModel {
     pub hedges: Arc<Budget>,
 }
 
+/// What was sent, as far as judging its end goes.
+#[derive(Clone, Copy, Debug)]
+pub struct Sent {
+    /// When.
+    pub began: Time,
+    /// For which model.
+    pub model: Option<usize>,
+    /// Over gRPC rather than HTTP.
+    pub grpc: bool,
+}
+
 /// What a region's endpoints amount to for one pick.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Look {
@@ -164,13 +175,13 @@ impl Fleet {
     }
 
     /// Looks at a region's endpoints.
-    pub fn look(&self, at: RegionIndex, grpc: bool, tried: &[u16], now: Time) -> Look {
+    pub fn look(&self, at: RegionIndex, grpc: bool, model: Option<usize>, tried: &[u16], now: Time) -> Look {
         let range = self.region(at).endpoints.clone();
         let (mut count, mut look, mut warm) = (0_u16, Look::default(), 0.0);
         for endpoint in range {
             let live = &self.endpoints[endpoint];
             count += u16::from(live.speaks(grpc));
-            let availability = live.availability(grpc, now, &self.rules);
+            let availability = self.availability(endpoint, grpc, model, now);
             if !matches!(availability, Availability::Ready | Availability::Full) {
                 continue;
             }
@@ -184,20 +195,28 @@ impl Fleet {
         look
     }
 
-    /// Takes in what an attempt says of its endpoint.
-    pub fn judge(&self, region: RegionIndex, endpoint: usize, mark: Mark, now: Time) -> Option<Told> {
-        let (live, rules) = (&self.endpoints[endpoint], &self.rules);
+    /// Whether an endpoint can take a request for a model now.
+    pub fn availability(&self, endpoint: usize, grpc: bool, model: Option<usize>, now: Time) -> Availability {
+        let model = self.model_at(model, endpoint).map(|model| &**model);
+        self.endpoints[endpoint].availability(grpc, model, now, &self.rules)
+    }
+
+    /// Takes in what an attempt that began then says of its endpoint.
+    pub fn judge(&self, (region, endpoint): (RegionIndex, usize), sent: Sent, mark: Mark, now: Time) -> Option<Told> {
+        let (live, rules, began) = (&self.endpoints[endpoint], &self.rules, sent.began);
+        let model = self.model_at(sent.model, endpoint);
         match mark {
             Mark::None => None,
             Mark::Success => {
-                live.succeeded(now, rules);
+                model.inspect(|model| model.took_on(began, rules.limit));
+                live.succeeded(began, now);
                 None
             }
-            Mark::Overload => live.overloaded(now, rules),
-            Mark::Failure if !live.failed(now, rules) => None,
-            Mark::Unreachable if !live.failed(now, rules) => None,
-            // Nobody is there, or it hangs: down until a probe says otherwise, so that no client is spent on trials.
-            Mark::Unreachable | Mark::Dead if live.is_probeable() => {
+            Mark::Overload => model?.refused(began, now, rules.limit, &rules.pushback).map(Told::Paused),
+            Mark::Failure | Mark::Unreachable if !live.failed(began, now, rules) => None,
+            // Nobody is there, or it hangs: down until a probe says otherwise, so that no client is spent on trials. The
+            // probe is by HTTP, and would find one well whose gRPC alone is dead.
+            Mark::Unreachable | Mark::Dead if live.is_probeable() && !sent.grpc => {
                 live.condemn(now, rules).then_some(Told::Condemned)
             }
             Mark::Failure | Mark::Unreachable | Mark::Dead => self.eject(region, live, now),

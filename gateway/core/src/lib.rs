@@ -32,6 +32,8 @@ pub mod outlier;
 
 pub mod limit;
 
+pub mod pushback;
+
 pub mod live;
 
 pub mod fleet;

@@ -11,9 +11,10 @@ use std::time::Duration;
 use crate::budget::Budget;
 use crate::ewma::Ewma;
 use crate::health::{Health, Thresholds};
-use crate::limit::{self, Limit};
+use crate::limit;
 use crate::load::{Mean, ModelLive};
 use crate::outlier::{self, Outlier, State};
+use crate::pushback;
 use crate::queue::Waiting;
 use crate::term::Term;
 use crate::{Time, invariant};
@@ -29,9 +30,9 @@ pub struct Rules {
     pub outlier: outlier::Rules,
     /// The largest share of a region's endpoints that may be ejected at once; one may always be.
     pub ejected_share: f32,
-    /// Overload replies in a row after which an endpoint is left alone for a while, as long as an ejection would be.
-    pub consecutive_overloads: u32,
-    /// The limit that each endpoint finds for itself.
+    /// Overload replies.
+    pub pushback: pushback::Rules,
+    /// The limit that each model at each endpoint finds for itself.
     pub limit: limit::Rules,
     /// How long a new or recovered endpoint takes to its full share.
     pub slow_start: Duration,
@@ -115,7 +116,6 @@ pub struct Live {
     kind: Kind,
     /// Extra attempts that this destination may still be sent.
     pub budget: Budget,
-    pub(crate) limit: Limit,
     healthy: AtomicBool,
     /// Its probe has named its region, and nothing since has cast a doubt on who is there: an answer that names another,
     /// nobody at the address, or a silence that made it unhealthy. Whoever comes back has to name the region anew.
@@ -126,12 +126,11 @@ pub struct Live {
     probed: Mutex<Probed>,
     round_trip_us: AtomicU32,
     network_us: AtomicU32,
-    passive: Mutex<Passive>,
+    outlier: Mutex<Outlier>,
     /// A success has something to change in the passive state.
     marked: AtomicBool,
-    /// No request before these times (`Time`'s numbers); zero while admitting.
+    /// No request before this time (`Time`'s number); zero while admitting.
     ejected_until: AtomicU64,
-    paused_until: AtomicU64,
     /// When its ramp began; zero if it has none.
     ramp_from: AtomicU64,
     in_flight: AtomicU32,
@@ -150,14 +149,6 @@ struct Probed {
     health: Health,
     round_trip: Ewma,
     network: Ewma,
-}
-
-/// The passive state machines.
-#[derive(Debug, Default)]
-struct Passive {
-    outlier: Outlier,
-    /// The same machine for overload replies: they steer, and do not count as ejections.
-    pushback: Outlier,
 }
 
 /// What judging led to, for the log.
@@ -186,7 +177,6 @@ impl Live {
         Live {
             kind,
             budget: Budget::default(),
-            limit: Limit::default(),
             healthy: AtomicBool::new(unprobed),
             asserted: AtomicBool::new(!kind.assert_region),
             probed_once: AtomicBool::new(unprobed),
@@ -194,10 +184,9 @@ impl Live {
             probed: Mutex::default(),
             round_trip_us: AtomicU32::new(0),
             network_us: AtomicU32::new(0),
-            passive: Mutex::default(),
+            outlier: Mutex::default(),
             marked: AtomicBool::new(false),
             ejected_until: AtomicU64::new(0),
-            paused_until: AtomicU64::new(0),
             ramp_from: AtomicU64::new(0),
             in_flight: AtomicU32::new(0),
             succeeded_at: AtomicU64::new(0),
@@ -220,13 +209,12 @@ impl Live {
     }
 
     /// Whether it can take a request now.
-    pub fn availability(&self, grpc: bool, now: Time, rules: &Rules) -> Availability {
+    pub fn availability(&self, grpc: bool, model: Option<&ModelLive>, now: Time, rules: &Rules) -> Availability {
         if !self.speaks(grpc) || !self.asserted.load(Relaxed) {
             Availability::Excluded
         } else if !self.healthy.load(Relaxed) || now.0 < self.ejected_until.load(Relaxed) {
             Availability::Unhealthy
-        } else if now.0 < self.paused_until.load(Relaxed) || self.in_flight.load(Relaxed) >= self.limit.get(rules.limit)
-        {
+        } else if model.is_some_and(|model| model.is_full(now, rules.limit)) {
             Availability::Full
         } else {
             Availability::Ready
@@ -249,41 +237,37 @@ impl Live {
         if !self.marked.load(Relaxed) {
             return (true, false);
         }
-        let mut passive = lock(&self.passive);
-        let (eject, pause) =
-            (passive.outlier.try_trial(now, &rules.outlier), passive.pushback.try_trial(now, &rules.outlier));
-        self.publish(&passive);
-        // One of the two may have begun a trial that the other forbids: it is given back.
-        let (sent, trial) = (eject.0 && pause.0, eject.1 || pause.1);
-        if !sent && trial {
-            passive.outlier.release_trial();
-            passive.pushback.release_trial();
-            self.publish(&passive);
-        }
-        (sent, sent && trial)
+        let mut outlier = lock(&self.outlier);
+        let admitted = outlier.try_trial(now, &rules.outlier);
+        self.publish(&outlier);
+        admitted
+    }
+
+    /// Whether its ejection is over and nobody has tried it since.
+    pub(crate) fn is_trial_due(&self, now: Time) -> bool {
+        let until = self.ejected_until.load(Relaxed);
+        until != 0 && until <= now.0
     }
 
     /// A request ended without a verdict. If it was the trial, the next one may be.
     pub(crate) fn release_trial(&self) {
-        let mut passive = lock(&self.passive);
-        passive.outlier.release_trial();
-        passive.pushback.release_trial();
-        self.publish(&passive);
+        let mut outlier = lock(&self.outlier);
+        outlier.release_trial();
+        self.publish(&outlier);
     }
 
-    pub(crate) fn succeeded(&self, now: Time, rules: &Rules) {
+    pub(crate) fn succeeded(&self, began: Time, now: Time) {
         self.window[0][0].fetch_add(1, Relaxed);
         self.succeeded_at.store(now.0, Relaxed);
-        self.limit.succeeded(self.in_flight(), rules.limit);
         // The usual case costs one load.
         if self.marked.load(Relaxed) {
-            let mut passive = lock(&self.passive);
-            if passive.outlier.state() != State::Admitting {
+            let mut outlier = lock(&self.outlier);
+            let back = outlier.success(began, now);
+            self.publish(&outlier);
+            drop(outlier);
+            if back {
                 self.returns(now);
             }
-            passive.outlier.success(now);
-            passive.pushback.success(now);
-            self.publish(&passive);
         }
     }
 
@@ -293,39 +277,28 @@ impl Live {
         lock(&self.models).iter().for_each(|(_, model)| model.forgive());
     }
 
-    pub(crate) fn overloaded(&self, now: Time, rules: &Rules) -> Option<Told> {
-        self.limit.overloaded(self.in_flight(), now, rules.limit);
-        let mut passive = lock(&self.passive);
-        let in_a_row = outlier::Rules { consecutive_failures: rules.consecutive_overloads, ..rules.outlier };
-        let paused = passive.pushback.failure(now, &in_a_row).then(|| passive.pushback.eject(now, &in_a_row));
-        self.publish(&passive);
-        paused.map(Told::Paused)
-    }
-
     /// Counts a failure. Returns whether it ought to be ejected for it.
-    pub(crate) fn failed(&self, now: Time, rules: &Rules) -> bool {
+    pub(crate) fn failed(&self, began: Time, now: Time, rules: &Rules) -> bool {
         self.window[0][1].fetch_add(1, Relaxed);
         let [ok, bad] = [0, 1].map(|at| self.window[0][at].load(Relaxed) + self.window[1][at].load(Relaxed));
-        let mut passive = lock(&self.passive);
-        let in_a_row = passive.outlier.failure(now, &rules.outlier);
-        let outlier = &rules.outlier;
-        let share = passive.outlier.state() == State::Admitting
-            && ok + bad >= outlier.failure_volume
-            && bad as f32 >= outlier.failure_share * (ok + bad) as f32;
-        self.publish(&passive);
+        let mut outlier = lock(&self.outlier);
+        let in_a_row = outlier.failure(began, now, &rules.outlier);
+        let share = outlier.state() == State::Admitting
+            && ok + bad >= rules.outlier.failure_volume
+            && bad as f32 >= rules.outlier.failure_share * (ok + bad) as f32;
+        self.publish(&outlier);
         in_a_row || share
     }
 
     /// Ejects it, unless it is ejected already. A trial that failed is not that.
     pub(crate) fn eject(&self, now: Time, rules: &Rules) -> Option<Duration> {
-        let mut passive = lock(&self.passive);
-        if matches!(passive.outlier.state(), State::Ejected { until } if now < until) {
+        let mut outlier = lock(&self.outlier);
+        if matches!(outlier.state(), State::Ejected { until } if now < until) {
             return None;
         }
-        let length = passive.outlier.eject(now, &rules.outlier);
-        // What led here has been paid for.
-        self.window.iter().flatten().for_each(|count| count.store(0, Relaxed));
-        self.publish(&passive);
+        let length = outlier.eject(now, &rules.outlier);
+        self.paid_for();
+        self.publish(&outlier);
         Some(length)
     }
 
@@ -333,7 +306,16 @@ impl Live {
     /// go may still wait for it. Returns whether that is news.
     pub(crate) fn condemn(&self, now: Time, rules: &Rules) -> bool {
         lock(&self.probed).health.condemn(now, rules.thresholds);
+        let mut outlier = lock(&self.outlier);
+        outlier.forgive();
+        self.paid_for();
+        self.publish(&outlier);
         self.healthy.swap(false, Relaxed)
+    }
+
+    /// What led to an ejection does not count towards the next.
+    fn paid_for(&self) {
+        self.window.iter().flatten().for_each(|count| count.store(0, Relaxed));
     }
 
     /// Whether there are probes that could find it again.
@@ -346,14 +328,13 @@ impl Live {
         self.ejected_until.load(Relaxed) != 0
     }
 
-    fn publish(&self, passive: &Passive) {
-        let until = |outlier: &Outlier| match outlier.state() {
+    fn publish(&self, outlier: &Outlier) {
+        let until = match outlier.state() {
             State::Admitting => 0,
             State::Ejected { until } | State::Probing { until } => until.0.max(1),
         };
-        self.ejected_until.store(until(&passive.outlier), Relaxed);
-        self.paused_until.store(until(&passive.pushback), Relaxed);
-        self.marked.store(!passive.outlier.is_calm() || !passive.pushback.is_calm(), Relaxed);
+        self.ejected_until.store(until, Relaxed);
+        self.marked.store(!outlier.is_calm(), Relaxed);
     }
 
     /// Takes in one probe. Returns the new judgement if it changed.
@@ -451,9 +432,9 @@ impl Live {
         now.0 < self.ejected_until.load(Relaxed)
     }
 
-    /// Whether its own overload replies keep requests away now.
+    /// Whether its overload replies keep requests of some model away now.
     pub fn is_paused(&self, now: Time) -> bool {
-        now.0 < self.paused_until.load(Relaxed)
+        lock(&self.models).iter().any(|(_, model)| model.is_paused(now))
     }
 
     /// The mean time in which it answers a probe on an open connection, in milliseconds.
@@ -557,6 +538,7 @@ impl RegionLive {
 pub struct InFlight {
     endpoint: Arc<Live>,
     region: Arc<RegionLive>,
+    model: Option<Arc<ModelLive>>,
     waiting: Arc<Waiting>,
 }
 
@@ -565,6 +547,7 @@ impl InFlight {
     pub(crate) fn acquire(
         endpoint: &Arc<Live>,
         region: &Arc<RegionLive>,
+        model: Option<&Arc<ModelLive>>,
         waiting: &Arc<Waiting>,
         hard_limit: u32,
     ) -> Option<InFlight> {
@@ -573,14 +556,18 @@ impl InFlight {
             return None;
         }
         endpoint.in_flight.fetch_add(1, Relaxed);
+        if let Some(model) = model {
+            model.in_flight.fetch_add(1, Relaxed);
+        }
         let (endpoint, region, waiting) = (Arc::clone(endpoint), Arc::clone(region), Arc::clone(waiting));
-        Some(InFlight { endpoint, region, waiting })
+        Some(InFlight { endpoint, region, model: model.map(Arc::clone), waiting })
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        for count in [&self.endpoint.in_flight, &self.region.in_flight] {
+        let model = self.model.as_deref().map(|model| &model.in_flight);
+        for count in [&self.endpoint.in_flight, &self.region.in_flight].into_iter().chain(model) {
             let before = count.fetch_sub(1, Relaxed);
             debug_assert!(invariant::can_fall(before), "the in-flight count fell below zero");
         }
@@ -597,7 +584,7 @@ mod tests {
         let kind = Kind { assert_region: false, http: true, grpc: false, hash: 0, warm: true };
         let (live, region) = (Arc::new(Live::new(kind)), Arc::<RegionLive>::default());
         let waiting = Arc::<Waiting>::default();
-        let acquire = || InFlight::acquire(&live, &region, &waiting, 2);
+        let acquire = || InFlight::acquire(&live, &region, None, &waiting, 2);
         let (first, second) = (acquire(), acquire());
         assert!(first.is_some() && second.is_some() && acquire().is_none());
         assert_eq!((live.in_flight(), region.in_flight()), (2, 2));

@@ -1,13 +1,17 @@
-//! What one model costs at one endpoint: a peak that decays, quantiles that roll, and a mean.
+//! What one model costs at one endpoint, and how much of it the endpoint takes on: a peak that decays, quantiles that roll,
+//! a mean, a limit.
 //!
 //! Requests write, with a handful of atomics and no lock; [`Fleet::refresh`](crate::fleet::Fleet::refresh) turns what they
 //! wrote into what picks, stalls and hedges read.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::Time;
 use crate::ewma::Ewma;
+use crate::limit::{self, Limit};
+use crate::pushback::{self, Pushback};
 
 /// After this long a peak still weighs 1/e.
 const PEAK_DECAY: Duration = Duration::from_secs(10);
@@ -28,6 +32,14 @@ pub struct ModelLive {
     counts: [AtomicU32; BUCKETS],
     sum_us: AtomicU64,
     answers: AtomicU64,
+    /// Requests sent from here and not ended.
+    pub(crate) in_flight: AtomicU32,
+    limit: Limit,
+    pushback: Mutex<Pushback>,
+    /// There is something to forgive.
+    pushed_back: AtomicBool,
+    /// No request before this time (`Time`'s number).
+    paused_until: AtomicU64,
     // Published by `refresh`.
     samples: AtomicU32,
     p95_us: AtomicU32,
@@ -45,6 +57,11 @@ impl Default for ModelLive {
             counts: std::array::from_fn(|_| AtomicU32::new(0)),
             sum_us: AtomicU64::new(0),
             answers: AtomicU64::new(0),
+            in_flight: AtomicU32::new(0),
+            limit: Limit::default(),
+            pushback: Mutex::default(),
+            pushed_back: AtomicBool::new(false),
+            paused_until: AtomicU64::new(0),
             samples: AtomicU32::new(0),
             p95_us: AtomicU32::new(0),
             p99_us: AtomicU32::new(0),
@@ -62,6 +79,49 @@ impl ModelLive {
         self.counts[bucket(us)].fetch_add(1, Relaxed);
         self.sum_us.fetch_add(us, Relaxed);
         self.answers.fetch_add(1, Relaxed);
+    }
+
+    /// Whether it has all that it can take.
+    pub(crate) fn is_full(&self, now: Time, rules: limit::Rules) -> bool {
+        self.is_paused(now) || self.in_flight.load(Relaxed) >= self.limit.get(rules)
+    }
+
+    pub(crate) fn is_paused(&self, now: Time) -> bool {
+        now.0 < self.paused_until.load(Relaxed)
+    }
+
+    /// A request that began then was answered: the limit may rise, and earlier overload replies are forgiven.
+    pub(crate) fn took_on(&self, began: Time, rules: limit::Rules) {
+        self.limit.succeeded(self.in_flight.load(Relaxed), rules);
+        if self.pushed_back.load(Relaxed) {
+            let mut pushback = self.pushback();
+            pushback.answered(began);
+            self.publish(&pushback);
+        }
+    }
+
+    /// A request that began then was refused for overload. Returns the length of a pause that this began.
+    pub(crate) fn refused(
+        &self,
+        began: Time,
+        now: Time,
+        limits: limit::Rules,
+        rules: &pushback::Rules,
+    ) -> Option<Duration> {
+        self.limit.overloaded(self.in_flight.load(Relaxed), now, limits);
+        let mut pushback = self.pushback();
+        let paused = pushback.refused(began, now, rules);
+        self.publish(&pushback);
+        paused
+    }
+
+    fn pushback(&self) -> MutexGuard<'_, Pushback> {
+        self.pushback.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn publish(&self, pushback: &Pushback) {
+        self.pushed_back.store(!pushback.is_calm(), Relaxed);
+        self.paused_until.store(pushback.until().0, Relaxed);
     }
 
     /// A failure, as if it had taken `penalty` at least: fast failures would otherwise look like a fast endpoint and attract

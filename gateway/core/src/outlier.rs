@@ -49,12 +49,13 @@ pub struct Outlier {
     state: State,
     failures: u32,
     ejections: u32,
+    ejected: Time,
     returned: Time,
 }
 
 impl Default for Outlier {
     fn default() -> Self {
-        Outlier { state: State::Admitting, failures: 0, ejections: 0, returned: Time(0) }
+        Outlier { state: State::Admitting, failures: 0, ejections: 0, ejected: Time(0), returned: Time(0) }
     }
 }
 
@@ -69,23 +70,36 @@ impl Outlier {
         self.state == State::Admitting && self.failures == 0
     }
 
-    /// A request succeeded.
-    pub fn success(&mut self, now: Time) {
-        if self.state != State::Admitting {
+    /// A request that began then succeeded. Returns whether the endpoint is back by it: one that was sent before the
+    /// ejection says nothing new.
+    pub fn success(&mut self, began: Time, now: Time) -> bool {
+        let was_out = self.state != State::Admitting;
+        if was_out && began < self.ejected {
+            return false;
+        }
+        if was_out {
             self.returned = now;
         }
         (self.state, self.failures) = (State::Admitting, 0);
+        was_out
     }
 
-    /// A request failed in a way that counts. Returns whether the endpoint ought to be ejected for it.
-    pub fn failure(&mut self, now: Time, rules: &Rules) -> bool {
+    /// A request that began then failed in a way that counts. Returns whether the endpoint ought to be ejected for it.
+    pub fn failure(&mut self, began: Time, now: Time, rules: &Rules) -> bool {
+        if self.state != State::Admitting && began < self.ejected {
+            return false;
+        }
         self.failures = self.failures.saturating_add(1);
         match self.state {
             State::Admitting => self.failures >= rules.consecutive_failures,
-            // Sent before the ejection; it says nothing new.
             State::Ejected { until } => now >= until,
             State::Probing { .. } => true,
         }
+    }
+
+    /// It is known to be down in another way: what led there is paid for.
+    pub fn forgive(&mut self) {
+        self.failures = 0;
     }
 
     /// Ejects it. Returns for how long.
@@ -96,6 +110,7 @@ impl Outlier {
         let length = rules.ejection.saturating_mul(1 << self.ejections.min(16)).min(rules.ejection_max);
         self.ejections = self.ejections.saturating_add(1);
         self.failures = 0;
+        self.ejected = now;
         self.state = State::Ejected { until: now + length };
         length
     }
@@ -139,14 +154,14 @@ mod tests {
 
     /// As the fleet does it, with nobody else out.
     fn fail(outlier: &mut Outlier, now: u64) -> Option<u64> {
-        outlier.failure(seconds(now), &RULES).then(|| outlier.eject(seconds(now), &RULES).as_secs())
+        outlier.failure(seconds(now), seconds(now), &RULES).then(|| outlier.eject(seconds(now), &RULES).as_secs())
     }
 
     #[test]
     fn failures_in_a_row_eject_and_a_success_between_them_does_not_let_them() {
         let mut outlier = Outlier::default();
         assert_eq!([fail(&mut outlier, 100), fail(&mut outlier, 100)], [None, None]);
-        outlier.success(seconds(100));
+        outlier.success(seconds(100), seconds(100));
         assert_eq!([100; 3].map(|now| fail(&mut outlier, now)), [None, None, Some(1)]);
         assert_eq!(outlier.state(), State::Ejected { until: seconds(101) });
     }
@@ -166,13 +181,24 @@ mod tests {
         }
         now += 4;
         assert_eq!(outlier.try_trial(seconds(now), &RULES), (true, true));
-        outlier.success(seconds(now));
+        assert!(outlier.success(seconds(now), seconds(now)));
         assert_eq!(outlier.try_trial(seconds(now), &RULES), (true, false));
         // One success does not wash a flapping endpoint clean.
         assert_eq!([now; 3].map(|now| fail(&mut outlier, now)), [None, None, Some(4)]);
         assert_eq!(outlier.try_trial(seconds(now + 4), &RULES), (true, true));
-        outlier.success(seconds(now + 4));
+        assert!(outlier.success(seconds(now + 4), seconds(now + 4)));
         assert_eq!([now + 8; 3].map(|now| fail(&mut outlier, now)), [None, None, Some(1)]);
+    }
+
+    #[test]
+    fn requests_sent_before_the_ejection_neither_end_it_nor_fail_its_trial() {
+        let mut outlier = Outlier::default();
+        let _ = [100; 3].map(|now| fail(&mut outlier, now));
+        assert!(!outlier.success(seconds(99), seconds(100)));
+        assert_eq!(outlier.state(), State::Ejected { until: seconds(101) });
+        assert_eq!(outlier.try_trial(seconds(101), &RULES), (true, true));
+        assert!(!outlier.failure(seconds(99), seconds(102), &RULES) && !outlier.success(seconds(99), seconds(102)));
+        assert!(outlier.success(seconds(101), seconds(102)), "the trial itself");
     }
 
     #[test]

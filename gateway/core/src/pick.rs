@@ -139,7 +139,7 @@ pub fn pick(
         while let Some(best) = picker.best(left) {
             left.remove(best.region);
             let region = fleet.region(best.region);
-            let look = fleet.look(best.region, query.grpc, tried.endpoints, now);
+            let look = fleet.look(best.region, query.grpc, query.model, tried.endpoints, now);
             let load = region.live.load();
             let soft = region.region.soft_limit as f32 * look.capacity;
             let passed = if look.healthy == 0 {
@@ -179,6 +179,18 @@ pub fn pick(
         return Err(Nobody::Full);
     }
     picker.panic(open).ok_or(Nobody::Left)
+}
+
+/// The permitted regions in the order of steering, drained and unhealthy ones too, with their scores.
+pub fn order(fleet: &Fleet, query: &Query<'_>, permitted: &Permitted, now: Time) -> Vec<(RegionIndex, Score)> {
+    let picker = Picker { fleet, query, permitted, tried: &[], now, random: 0 };
+    let mut left = permitted.regions();
+    let mut ordered = Vec::with_capacity(left.len());
+    while let Some(best) = picker.best(left) {
+        left.remove(best.region);
+        ordered.push((best.region, best.score));
+    }
+    ordered
 }
 
 struct Picker<'a> {
@@ -268,7 +280,7 @@ impl Picker<'_> {
     }
 
     fn look(&self, region: RegionIndex) -> Look {
-        self.fleet.look(region, self.query.grpc, self.tried, self.now)
+        self.fleet.look(region, self.query.grpc, self.query.model, self.tried, self.now)
     }
 
     /// Why a region has no healthy endpoint left for this request.
@@ -306,8 +318,8 @@ impl Picker<'_> {
         debug_assert!(invariant::is_permitted(self.permitted, region), "a pick left the permitted set");
         let wanted = if panic { Availability::Unhealthy } else { Availability::Ready };
         let usable = |endpoint: &usize| {
-            let live = &self.fleet.endpoints[*endpoint];
-            live.availability(self.query.grpc, self.now, &self.fleet.rules) == wanted && !is_in(self.tried, *endpoint)
+            let availability = self.fleet.availability(*endpoint, self.query.grpc, self.query.model, self.now);
+            availability == wanted && !is_in(self.tried, *endpoint)
         };
         let candidates = self.fleet.region(region).endpoints.clone().filter(usable);
         let endpoint = match self.query.affinity {
@@ -327,6 +339,11 @@ impl Picker<'_> {
         let second = (first + 1 + (self.random >> 32) as usize % (count - 1)) % count;
         let nth = |at| candidates.clone().nth(at);
         let (first, second) = (nth(first)?, nth(second)?);
+        // One whose trial is due gets it: its past would otherwise make it the dearer for as long as its peak takes to fade.
+        let is_due = |endpoint: &usize| self.fleet.endpoints[*endpoint].is_trial_due(self.now);
+        if let Some(due) = [first, second].into_iter().find(is_due) {
+            return Some(due);
+        }
         // One that is being eased in takes part in a share of the draws, and then on equal terms.
         let draws = mix(self.random);
         let takes_part = |endpoint: usize, draw: u64| {

@@ -53,12 +53,12 @@ impl Waiting {
         let waiter = Arc::new(Waiter { deadline, state: Mutex::new(State::Waiting(None)) });
         let mut waiters = lock(&self.waiters);
         waiters.push_back(Arc::clone(&waiter));
-        if waiters.len() > bound {
+        // More than one, if the bound has been lowered.
+        while waiters.len() > bound {
             let nearest = waiters.iter().enumerate().min_by_key(|(_, waiter)| waiter.deadline).map(|(at, _)| at);
-            if let Some(shed) = nearest.and_then(|at| waiters.remove(at)) {
-                self.shed.fetch_add(1, Relaxed);
-                shed.become_(State::Shed);
-            }
+            let Some(shed) = nearest.and_then(|at| waiters.remove(at)) else { break };
+            self.shed.fetch_add(1, Relaxed);
+            shed.become_(State::Shed);
         }
         debug_assert!(invariant::is_bounded(waiters.len(), bound));
         self.count.store(waiters.len(), Relaxed);

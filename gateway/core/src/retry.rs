@@ -7,6 +7,8 @@ pub enum Outcome {
     Status(u16),
     /// No connection: nothing of the request was sent.
     ConnectFailed,
+    /// No connection either, for a reason of this gateway's own: no descriptor or port left, a name that could not be resolved.
+    Unconnected,
     /// The endpoint let the request go unprocessed (HTTP/2's REFUSED_STREAM, a GOAWAY before it).
     Refused,
     /// The connection broke after something of the request may have been sent.
@@ -80,7 +82,7 @@ impl Outcome {
             Outcome::Status(500..) => (Retry::No, Mark::None),
             Outcome::Status(_) => (Retry::No, Mark::Success),
             Outcome::ConnectFailed => (Retry::Any, Mark::Unreachable),
-            Outcome::Refused => (Retry::Any, Mark::None),
+            Outcome::Refused | Outcome::Unconnected => (Retry::Any, Mark::None),
             Outcome::Reset | Outcome::Broken => (Retry::Replayable, Mark::Failure),
             Outcome::Outrun => (Retry::No, Mark::Failure),
             Outcome::Cancelled => (Retry::No, Mark::None),
@@ -99,6 +101,7 @@ impl Outcome {
             Outcome::Status(_) => "server_error",
             Outcome::ConnectFailed => "connect_failed",
             Outcome::Refused => "refused",
+            Outcome::Unconnected => "unconnected",
             Outcome::Reset => "reset",
             Outcome::Broken => "broken",
             Outcome::Outrun => "outrun",
@@ -118,6 +121,7 @@ mod tests {
     fn only_what_was_not_sent_is_retried_without_being_replayable() {
         let all = [200, 400, 404, 429, 500, 501, 502, 503, 504].map(Outcome::Status).into_iter().chain([
             Outcome::ConnectFailed,
+            Outcome::Unconnected,
             Outcome::Refused,
             Outcome::Reset,
             Outcome::Broken,
@@ -128,7 +132,10 @@ mod tests {
             Outcome::ClientBody,
         ]);
         for outcome in all {
-            let unprocessed = matches!(outcome, Outcome::ConnectFailed | Outcome::Refused | Outcome::Status(429 | 503));
+            let unprocessed = matches!(
+                outcome,
+                Outcome::ConnectFailed | Outcome::Unconnected | Outcome::Refused | Outcome::Status(429 | 503)
+            );
             assert_eq!(outcome.verdict().retry == Retry::Any, unprocessed, "{outcome:?}");
         }
     }

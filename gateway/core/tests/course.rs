@@ -18,7 +18,6 @@ use isochrone_core::fleet::Fleet;
 use isochrone_core::geo::Location;
 use isochrone_core::live::Told;
 use isochrone_core::pick::{Nobody, Query};
-use isochrone_core::region::RegionIndex;
 use isochrone_core::residency::Residency;
 use isochrone_core::retry::{Mark, Outcome};
 use isochrone_core::stall::Hedge;
@@ -169,7 +168,7 @@ fn the_loser_counts_only_if_its_endpoint_finished_nothing_else_meanwhile() {
         assert_ne!(slow.choice.endpoint, quick.choice.endpoint);
         let later = Time(NOW.0 + 2_000_000_000);
         if finishes_another {
-            fleet.judge(RegionIndex::new(0).expect("valid"), 0, Mark::Success, Time(NOW.0 + 1_000_000_000));
+            judge(&fleet, 0, 0, Mark::Success, Time(NOW.0 + 1_000_000_000));
         }
         assert_eq!(asking.end(quick, Outcome::Status(200), BODY).0, Next::Answer);
         let (outcome, _) = asking.with(|course, query| course.outrun(&fleet, query, &mut slow, later));
@@ -193,7 +192,7 @@ fn while_another_attempt_runs_a_failure_waits_for_it() {
 fn a_trial_that_brings_nothing_is_given_back_at_once() {
     let fleet = regions(1, 1);
     (0..3).for_each(|_| {
-        fleet.judge(RegionIndex::new(0).expect("valid"), 0, Mark::Failure, Time(NOW.0 - 1_000_000_000));
+        judge(&fleet, 0, 0, Mark::Failure, Time(NOW.0 - 1_000_000_000));
     });
     for _ in 0..3 {
         // Its client leaves: the next request may be the trial.

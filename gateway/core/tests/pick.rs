@@ -71,7 +71,7 @@ fn condemn(fleet: &Fleet, region: usize) {
 }
 
 fn condemn_one(fleet: &Fleet, region: usize, endpoint: usize) {
-    fleet.judge(RegionIndex::new(region).expect("valid"), endpoint, Mark::Dead, NOW);
+    judge(fleet, region, endpoint, Mark::Dead, NOW);
 }
 
 fn picked(fleet: &Fleet, permitted: &Permitted, tried: &[u16]) -> Result<(usize, bool), Nobody> {
@@ -188,8 +188,7 @@ fn a_region_that_has_lost_much_keeps_the_share_that_it_can_bear() {
     let fleet = fleet(vec![(region("near", 5.0), 4), (region("far", 60.0), 4)]);
     let at = |share: u64| Asked::at(share).region(&fleet).expect("somebody");
     let eject = |endpoint: usize| {
-        let ejected =
-            (0..3).filter_map(|_| fleet.judge(RegionIndex::new(0).expect("valid"), endpoint, Mark::Failure, NOW));
+        let ejected = (0..3).filter_map(|_| judge(&fleet, 0, endpoint, Mark::Failure, NOW));
         assert_eq!(ejected.count(), usize::from(endpoint < 2), "the cap is half of the four");
     };
     eject(0);
@@ -247,7 +246,7 @@ fn one_that_flaps_moves_its_clients_ever_more_rarely() {
     let fleet = three();
     let (mut now, mut returns) = (NOW.0, Vec::new());
     for _ in 0..4 {
-        fleet.judge(RegionIndex::new(0).expect("valid"), 0, Mark::Dead, Time(now));
+        judge(&fleet, 0, 0, Mark::Dead, Time(now));
         let seconds = (1..100).find(|_| {
             now += 1_000_000_000;
             fleet.endpoints[0].probed(answer(1.0), Time(now), &fleet.rules) == Some(true)
@@ -378,9 +377,8 @@ fn affinity_holds_to_one_endpoint_until_that_has_too_much() {
 #[test]
 fn overload_replies_steer_and_do_not_eject() {
     let fleet = three();
-    let index = RegionIndex::new(0).expect("valid");
     (0..5).for_each(|_| {
-        fleet.judge(index, 0, Mark::Overload, NOW);
+        judge(&fleet, 0, 0, Mark::Overload, NOW);
     });
     assert!(!fleet.endpoints[0].is_ejected(NOW) && fleet.endpoints[0].is_healthy());
     assert_eq!(Asked::default().region(&fleet), Ok(2));
@@ -392,8 +390,7 @@ fn overload_replies_steer_and_do_not_eject() {
 #[test]
 fn an_endpoint_that_fails_its_trials_is_out_for_longer_each_time() {
     let fleet = three();
-    let index = RegionIndex::new(0).expect("valid");
-    let fail = |now| fleet.judge(index, 0, Mark::Failure, Time(now));
+    let fail = |now| judge(&fleet, 0, 0, Mark::Failure, Time(now));
     let mut told: Vec<_> = (0..3).filter_map(|_| fail(NOW.0)).collect();
     let mut now = NOW.0;
     for seconds in [1_u64, 2, 4] {
@@ -418,7 +415,7 @@ fn probes_are_fewer_where_traffic_vouches_and_far_away_and_never_while_in_doubt(
     let live = &fleet.endpoints[0];
     let relaxation = |now| live.relaxation(second, 4.0, now);
     assert!((1.0..1.1).contains(&relaxation(NOW)), "near, and without traffic");
-    fleet.judge(RegionIndex::new(0).expect("valid"), 0, Mark::Success, NOW);
+    judge(&fleet, 0, 0, Mark::Success, NOW);
     assert_eq!(relaxation(Time(NOW.0 + 500_000_000)), 4.0);
     assert!(relaxation(Time(NOW.0 + 1_500_000_000)) < 1.1, "that traffic was long ago");
     let far = well("far");
@@ -428,6 +425,41 @@ fn probes_are_fewer_where_traffic_vouches_and_far_away_and_never_while_in_doubt(
     assert!((2.9..3.1).contains(&far.relaxation(second, 4.0, Time(NOW.0 + 200_000_000_000))));
     live.probed(Probe::Silent, NOW, &fleet.rules);
     assert_eq!(relaxation(NOW), 1.0, "one probe was lost");
+}
+
+#[test]
+fn one_model_that_is_too_much_leaves_the_others_of_its_endpoint_alone() {
+    let plan = vec![(region("near", 5.0), vec![well("a")]), (region("far", 60.0), vec![well("b")])];
+    let all = RegionSet::of(plan.iter().map(|(region, _)| region), |_| true);
+    let fleet = Fleet::new(plan, [(Arc::from("m"), all), (Arc::from("n"), all)], geometry(), rules(), None);
+    (0..5).for_each(|_| {
+        judge(&fleet, 0, 0, Mark::Overload, NOW);
+    });
+    let (any, location, steering) = (permitted(&fleet, &Residency::Any), client(), Steering::by(Policy::Nearest));
+    let client = Client { location: &location, hash: 0 };
+    let picked = |model| {
+        let query = Query { client, model: Some(model), grpc: false, steering: &steering, affinity: None };
+        pick(&fleet, &query, &any, Tried::default(), NOW, 7).map(|choice| choice.region.get())
+    };
+    assert_eq!([picked(0), picked(1)], [Ok(1), Ok(0)]);
+}
+
+#[test]
+fn one_whose_trial_is_due_gets_it_however_dear_it_was() {
+    let fleet = fleet(vec![(region("near", 5.0), 2)]);
+    let any = permitted(&fleet, &Residency::Any);
+    let model = |at: usize| fleet.models[0].endpoints[at].clone().expect("declared");
+    model(0).answered(ms(5), NOW);
+    model(1).failed(ms(900), ms(250), NOW);
+    (0..3).for_each(|_| {
+        judge(&fleet, 0, 1, Mark::Failure, NOW);
+    });
+    let picks = |now| {
+        let asked = Asked { now, ..Asked::default() };
+        let pick = |random| asked.pick(&fleet, &any, Tried::default(), mix(random)).expect("somebody").endpoint;
+        (0..100).map(pick).sum::<usize>()
+    };
+    assert_eq!([picks(NOW), picks(Time(NOW.0 + 1_000_000_000))], [0, 100]);
 }
 
 #[test]

@@ -129,11 +129,10 @@ fn fleet(plans: &[Plan]) -> Fleet {
     });
     let fleet = fleet_of(parts.collect());
     for (at, plan) in plans.iter().enumerate() {
-        let region = RegionIndex::new(at).expect("few");
         for (endpoint, fares) in fleet.regions[at].endpoints.clone().zip(&plan.endpoints) {
             let judge = |mark, times| {
                 for _ in 0..times {
-                    fleet.judge(region, endpoint, mark, NOW);
+                    world::judge(&fleet, at, endpoint, mark, NOW);
                 }
             };
             match fares {
@@ -201,7 +200,7 @@ proptest! {
         let query = Query { client, model: Some(0), grpc: false, steering: &steering, affinity };
         let mut course = Course::default();
         let mut next = random;
-        let healthy_at = |region: RegionIndex, tried: &[u16]| fleet.look(region, false, tried, NOW).healthy;
+        let healthy_at = |region: RegionIndex, tried: &[u16]| fleet.look(region, false, Some(0), tried, NOW).healthy;
         loop {
             let before: Vec<u16> = course.tried().to_vec();
             let begun = course.begin(&fleet, &query, &permitted, &attempts(), Why::Needed, NOW, || {
@@ -246,7 +245,7 @@ proptest! {
         let picked = pick(&fleet, &query, &permitted, Tried::default(), NOW, random);
         let able = |at: usize| {
             let region = &fleet.regions[at];
-            let look = fleet.look(RegionIndex::new(at).expect("few"), false, &[], NOW);
+            let look = fleet.look(RegionIndex::new(at).expect("few"), false, Some(0), &[], NOW);
             look.ready > 0 && !region.region.drain && region.live.load() < region.region.hard_limit
         };
         // A detour that is too long leaves regions out on purpose.
@@ -255,7 +254,7 @@ proptest! {
             prop_assert!(picked.is_ok_and(|choice| able(choice.region.get()) && !choice.panic), "{picked:?}");
         }
         if picked == Err(Nobody::Full) {
-            let healthy = |at| fleet.look(RegionIndex::new(at).expect("few"), false, &[], NOW).healthy > 0;
+            let healthy = |at| fleet.look(RegionIndex::new(at).expect("few"), false, Some(0), &[], NOW).healthy > 0;
             prop_assert!((0..plans.len()).any(healthy));
         }
     }

@@ -401,7 +401,12 @@ impl World {
             !plan.region.drain
                 && plan.servers.iter().any(|server| {
                     let server = &self.servers[*server];
-                    let availability = server.live.availability(false, self.now, &rules());
+                    let availability = {
+                        let fleet = &self.config.fleet;
+                        let at =
+                            fleet.endpoints.iter().position(|live| Arc::ptr_eq(live, &server.live)).expect("known");
+                        fleet.availability(at, false, Some(0), self.now)
+                    };
                     server.fault == Fault::None && availability == Availability::Ready && !server.live.is_out()
                 })
         };

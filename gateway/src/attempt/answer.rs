@@ -23,7 +23,7 @@ use crate::call::BodyMode;
 use crate::endpoint::Endpoint;
 use crate::error::Error;
 use crate::load_report;
-use crate::upstream::{self, Outgoing, REGION, SendError};
+use crate::upstream::{self, Fault, Outgoing, REGION, SendError};
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
@@ -53,6 +53,7 @@ pub(crate) enum Failure {
 impl Failure {
     pub(super) fn outcome(&self) -> Outcome {
         match self {
+            Failure::Send(SendError::Connect { why, .. }) if why.fault == Fault::Here => Outcome::Unconnected,
             Failure::Send(SendError::Connect { .. }) => Outcome::ConnectFailed,
             Failure::Send(SendError::Reset(_)) => Outcome::Reset,
             Failure::Send(SendError::Refused(_)) => Outcome::Refused,
@@ -98,9 +99,10 @@ impl Answer {
         };
         let status = self.head.headers.get(GRPC_STATUS).or_else(|| trailers?.get(GRPC_STATUS));
         match status.map(|status| status.as_bytes()) {
-            // RESOURCE_EXHAUSTED and UNAVAILABLE.
+            // RESOURCE_EXHAUSTED, UNAVAILABLE; UNKNOWN and INTERNAL.
             Some(b"8") => 429,
             Some(b"14") => 503,
+            Some(b"2" | b"13") => 500,
             _ => self.head.status.as_u16(),
         }
     }
@@ -131,7 +133,9 @@ pub(super) async fn send(
             None
         }
         // The load is the attempt's until that has been judged.
-        AnswerBody::Stream { .. } => Some(Upstream { endpoint: Arc::clone(endpoint), lease, in_flight: None }),
+        AnswerBody::Stream { .. } => {
+            Some(Upstream { endpoint: Arc::clone(endpoint), lease, in_flight: None, place: None })
+        }
     };
     Ok(Answer { head, body, upstream, region, number })
 }

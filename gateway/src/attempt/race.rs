@@ -5,6 +5,7 @@ use std::pin::{Pin, pin};
 use std::task::Poll;
 
 use isochrone_core::course::{self, Course, Next, Why};
+use isochrone_core::fleet::Sent;
 use isochrone_core::retry::Outcome;
 use isochrone_core::stall::{Due, Watch};
 use smallvec::SmallVec;
@@ -12,7 +13,7 @@ use tokio::time::Sleep;
 use tracing::Instrument;
 
 use super::answer::{Failure, send};
-use super::{Answer, Attempted, Begun, begin, instant, tell};
+use super::{Answer, Attempted, Begun, begin, hold_to_newest, instant, tell};
 use crate::app::Core;
 use crate::body::{Received, RequestBody};
 use crate::event::Record;
@@ -32,12 +33,12 @@ pub(super) struct Ended {
     pub(super) result: Result<Answer, Failure>,
 }
 
-type Sent<'p> = dyn Future<Output = Result<Answer, Failure>> + Send + 'p;
+type Answering<'p> = dyn Future<Output = Result<Answer, Failure>> + Send + 'p;
 
 /// The first attempt's future stays where it is; the second, which is rare, is put on the heap.
 enum Slot<'p> {
-    Here(Pin<&'p mut Sent<'p>>),
-    Boxed(Pin<Box<Sent<'p>>>),
+    Here(Pin<&'p mut Answering<'p>>),
+    Boxed(Pin<Box<Answering<'p>>>),
 }
 
 struct Rival<'p> {
@@ -82,7 +83,8 @@ pub(super) async fn race<'a>(
         match next_event(&mut rivals, timer.as_mut()).await {
             Event::Ended(at, result) => {
                 let rival = rivals.remove(at);
-                let outcome = request.outcome(&result, sending.body.is_whole());
+                let took = core.now().since(rival.begun.attempt.began);
+                let outcome = request.outcome(&result, sending.body.is_whole(), took);
                 let (next, result) = judge(sending, course, rival, outcome, result, record);
                 match next {
                     Next::Wait => *held = result.ok().or(held.take()),
@@ -96,7 +98,7 @@ pub(super) async fn race<'a>(
                 let query = request.query();
                 let elsewhere = || {
                     let (fleet, rules) = (&request.snapshot.fleet, &request.snapshot.config.attempts.rules);
-                    course.has_elsewhere(fleet, &query, &request.permitted, rules, core.now())
+                    course.has_elsewhere(fleet, &query, &hold_to_newest(core, request), rules, core.now())
                 };
                 // A client with nowhere else to go loses nothing by waiting.
                 if !alive && (rivals.len() > 1 || elsewhere()) {
@@ -113,7 +115,8 @@ pub(super) async fn race<'a>(
                 let late = || Err(Failure::Deadline);
                 let mut last = None;
                 for rival in rivals.drain(..) {
-                    let outcome = request.outcome(&late(), sending.body.is_whole());
+                    let took = core.now().since(rival.begun.attempt.began);
+                    let outcome = request.outcome(&late(), sending.body.is_whole(), took);
                     last = Some(judge(sending, course, rival, outcome, late(), record));
                 }
                 let (_, result) = last.unwrap_or((Next::Stop, late()));
@@ -216,6 +219,8 @@ fn judge(
     tell(endpoint, outcome, told);
     if let Ok(Answer { upstream: Some(upstream), .. }) = &mut result {
         upstream.in_flight = attempt.in_flight.take();
+        let sent = Sent { began: attempt.began, model: request.model, grpc: request.grpc() };
+        upstream.place = Some(((attempt.choice.region, attempt.choice.endpoint), sent));
     }
     (next, result)
 }

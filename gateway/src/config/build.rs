@@ -11,7 +11,7 @@ use isochrone_core::course::{self, ATTEMPTS_MAX};
 use isochrone_core::geo::{Continent, Country, Location, Point, Source};
 use isochrone_core::region::{REGIONS_MAX, Region, RegionIndex};
 use isochrone_core::residency::Residency;
-use isochrone_core::{health, limit, live, outlier, stall, steer};
+use isochrone_core::{health, limit, live, outlier, pushback, stall, steer};
 use sha2::{Digest, Sha256};
 use toml::de::{DeTable, DeValue};
 
@@ -25,6 +25,9 @@ use crate::tls;
 
 /// Every setting with its default.
 const REFERENCE: &str = include_str!("../../../config/reference.toml");
+
+/// The most endpoints of all regions together: requests note in 16 bits which they have tried.
+const ENDPOINTS_MAX: usize = 60_000;
 
 /// The largest certificate, key or hash, and the largest database.
 const SECRET_MAX: u64 = 4 << 20;
@@ -502,7 +505,13 @@ impl Builder<'_> {
             };
             self.problems.push(Problem { file: directory, line: 0, column: 0, message });
         }
-        files.iter().filter_map(|path| self.region(path, defaults)).collect()
+        let regions: Vec<RegionConfig> = files.iter().filter_map(|path| self.region(path, defaults)).collect();
+        let endpoints: usize = regions.iter().map(|region| region.endpoints.len()).sum();
+        if endpoints > ENDPOINTS_MAX {
+            let message = format!("{endpoints} endpoints; at most {ENDPOINTS_MAX}");
+            self.problems.push(Problem { file: self.directory.join("regions"), line: 0, column: 0, message });
+        }
+        regions
     }
 
     fn region(&mut self, path: &Path, defaults: &Defaults<'_>) -> Option<RegionConfig> {
@@ -747,7 +756,11 @@ fn live_rules(gateway: &file::Gateway) -> live::Rules {
             ejection_max: outlier.ejection_max.0,
         },
         ejected_share: outlier.ejected_share,
-        consecutive_overloads: capacity.overload_replies,
+        pushback: pushback::Rules {
+            in_a_row: capacity.overload_replies,
+            pause: outlier.ejection.0,
+            pause_max: outlier.ejection_max.0,
+        },
         limit: limit::Rules { min: capacity.concurrency_min, max: capacity.concurrency_max },
         slow_start: capacity.slow_start.0,
         overprovisioning: capacity.overprovisioning,

@@ -9,6 +9,8 @@ mod capacity;
 
 mod embeddings;
 
+mod explain;
+
 mod failover;
 
 mod faults;

@@ -5,14 +5,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use isochrone_core::fleet::Fleet;
+use isochrone_core::fleet::{Fleet, Sent};
 use isochrone_core::geo::{Country, Location, Point};
 use isochrone_core::health::Thresholds;
-use isochrone_core::live::{Kind, Live, Probe, Rules};
-use isochrone_core::region::{Region, RegionSet};
+use isochrone_core::live::{Kind, Live, Probe, Rules, Told};
+use isochrone_core::region::{Region, RegionIndex, RegionSet};
 use isochrone_core::residency::{CountryRules, Permitted, Residency, TenantRule, permit};
+use isochrone_core::retry::Mark;
 use isochrone_core::steer::{Geometry, stable_hash};
-use isochrone_core::{Time, course, limit, outlier, stall};
+use isochrone_core::{Time, course, limit, outlier, pushback, stall};
 
 /// A small generator, so that a world is its seed and nothing else (splitmix64).
 pub struct Random(pub u64);
@@ -59,7 +60,7 @@ pub fn rules() -> Rules {
             ejection_max: ms(30_000),
         },
         ejected_share: 0.5,
-        consecutive_overloads: 5,
+        pushback: pushback::Rules { in_a_row: 5, pause: ms(1000), pause_max: ms(30_000) },
         limit: limit::Rules { min: 4, max: 1024 },
         slow_start: ms(5000),
         overprovisioning: 1.4,
@@ -134,4 +135,10 @@ pub fn permitted(fleet: &Fleet, residency: &Residency) -> Permitted {
     let rule = TenantRule::compile(residency, &regions, &[]);
     let all = RegionSet::of(&regions, |_| true);
     permit(all, None, &rule, &CountryRules::default(), &Location::UNKNOWN).expect("permitted")
+}
+
+/// Judges an endpoint by an attempt that has just begun.
+pub fn judge(fleet: &Fleet, region: usize, endpoint: usize, mark: Mark, now: Time) -> Option<Told> {
+    let place = (RegionIndex::new(region).expect("few"), endpoint);
+    fleet.judge(place, Sent { began: now, model: Some(0), grpc: false }, mark, now)
 }
