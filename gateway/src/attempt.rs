@@ -16,6 +16,7 @@ use isochrone_core::course::{self, Attempt, Course, Next, NotBegun, Why};
 use isochrone_core::fleet::Sent;
 use isochrone_core::live::{InFlight, Told};
 use isochrone_core::pick::{Nobody, Query};
+use isochrone_core::poison::Verdict;
 use isochrone_core::queue::Turn;
 use isochrone_core::region::RegionIndex;
 use isochrone_core::residency::Permitted;
@@ -36,7 +37,7 @@ use crate::error::Error;
 use crate::event::Record;
 use crate::policy::{self, Ask};
 use crate::snapshot::Snapshot;
-use crate::upstream::Lease;
+use crate::upstream::{Lease, SendError};
 
 /// A request as the loop needs it.
 #[derive(Debug)]
@@ -98,14 +99,20 @@ pub(crate) async fn run(
     mut body: Received,
     record: &mut Record,
 ) -> Result<Answer, Error> {
-    let replayable = request.route.replay.unwrap_or(request.call.replayable)
-        && body.is_whole()
-        && !call::may_be_sequence(request.head, body.chunks());
-    let poison = &request.snapshot.fleet.poison;
-    if replayable && !poison.is_empty() && poison.refuses(digest(core, request, &body), core.now()) {
-        return Err(Error::Poisonous);
-    }
-    let mut course = Course::default();
+    // A route's word overrules what the call is taken for.
+    let may_repeat = || request.call.replayable && !call::may_be_sequence(request.head, body.chunks());
+    let replayable = body.is_whole() && request.route.replay.unwrap_or_else(may_repeat);
+    let (poison, longest) = (&request.snapshot.fleet.poison, request.snapshot.config.attempts.poison_for);
+    let asked = if replayable && !poison.is_empty() {
+        poison.ask(digest(core, request, &body), core.now(), longest)
+    } else {
+        Verdict::Clean
+    };
+    let mut course = match asked {
+        Verdict::Clean => Course::default(),
+        Verdict::Trial => Course::on_trial(),
+        Verdict::Refused => return Err(Error::Poisonous),
+    };
     // An answer that was not good enough, in case that no better one comes.
     let mut held: Option<Answer> = None;
     let mut failure = Error::Unavailable;
@@ -125,6 +132,9 @@ pub(crate) async fn run(
         match result {
             Ok(answer) if next == Next::Answer => {
                 record.decided(answer.number);
+                if asked == Verdict::Trial {
+                    poison.forgive(digest(core, request, &body));
+                }
                 return Ok(answer);
             }
             // Another may do better; if none does, the client gets this one.
@@ -135,7 +145,7 @@ pub(crate) async fn run(
             Next::Again => {}
             Next::Poisonous => {
                 failure = Error::Poisonous;
-                poison.remember(digest(core, request, &body), core.now(), request.snapshot.config.attempts.poison_for);
+                poison.remember(digest(core, request, &body), core.now(), longest);
                 record.poisonous();
                 break;
             }
@@ -238,6 +248,7 @@ impl Attempted<'_> {
             Ok(answer) => Outcome::Status(answer.status()),
             // An endpoint that was asked late, after a slow body or another's failure, is not to blame for the deadline.
             Err(Failure::Deadline) if self.own_deadline && whole && took >= self.route.timeout / 2 => Outcome::TimedOut,
+            Err(Failure::Send(SendError::Reset(_))) if !whole => Outcome::CutOff,
             Err(failure) => failure.outcome(),
         }
     }

@@ -371,6 +371,9 @@ pub(crate) enum InBand {
     Grpc,
 }
 
+/// What a stream says in its own words.
+const BROKE_OFF: &str = "the region broke off in the middle of its answer";
+
 /// Why an answer breaks off.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AnswerError {
@@ -424,7 +427,7 @@ impl ResponseBody {
         match in_band {
             InBand::None => Some(Err(error)),
             InBand::Events { openai } => {
-                let words = Error::Broken.to_string();
+                let words = BROKE_OFF;
                 let error = if openai {
                     json!({ "message": words, "type": "server_error", "code": Error::Broken.code() })
                 } else {
@@ -437,7 +440,7 @@ impl ResponseBody {
             InBand::Grpc => {
                 let mut trailers = HeaderMap::new();
                 trailers.insert("grpc-status", HeaderValue::from(u16::from(Error::Broken.grpc_code())));
-                if let Ok(words) = HeaderValue::try_from(Error::Broken.to_string()) {
+                if let Ok(words) = HeaderValue::try_from(BROKE_OFF) {
                     trailers.insert("grpc-message", words);
                 }
                 Some(Ok(Frame::trailers(trailers)))

@@ -132,12 +132,18 @@ fn oip(head: &Parts) -> Result<Call, Error> {
     allow(head, &method)?;
     let version = match segments {
         [Some("models"), _, Some("versions"), Some(version), ..] => match named(version)? {
-            ModelIn::Path(version) => Some(version),
-            _ => None,
+            ModelIn::Path(version) if is_plain(&version) => Some(version),
+            _ => return Err(Error::Malformed("a version is made of letters, digits, `.`, `_` and `-`")),
         },
         _ => None,
     };
     Ok(Call { dialect: Dialect::Oip, model, version, body, replayable: true, list_models: false })
+}
+
+/// Whether nobody could read anything but a name into it: `..` or `%2f` in a path is another path to some servers.
+fn is_plain(segment: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    segment.bytes().all(plain) && !segment.bytes().all(|byte| byte == b'.')
 }
 
 /// Each path takes one method. HEAD is for whoever takes GET (RFC 9110, section 9.3.2), but workers do not.
@@ -152,7 +158,12 @@ fn named(segment: &str) -> Result<ModelIn, Error> {
     if segment.is_empty() {
         return Err(Error::NoRoute);
     }
-    Ok(ModelIn::Path(percent_decoded(segment).ok_or(Error::Malformed("the model's name is not UTF-8"))?.into()))
+    let name = percent_decoded(segment).ok_or(Error::Malformed("the model's name is not UTF-8"))?;
+    let dots = |part: &str| matches!(part, "." | "..");
+    if name.split(['/', '\\']).any(dots) || name.contains(|letter: char| letter.is_control() || letter == '\\') {
+        return Err(Error::Malformed("the model's name has dot segments or control characters"));
+    }
+    Ok(ModelIn::Path(name.into()))
 }
 
 /// RFC 3986, section 2.1.

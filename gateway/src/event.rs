@@ -245,7 +245,10 @@ impl Record {
     pub(crate) fn not_begun(&mut self, why: NotBegun) {
         let words = match why {
             NotBegun::BudgetSpent => "; retry budget spent",
-            NotBegun::Nobody(Nobody::Full) => "; all full",
+            NotBegun::Nobody(Nobody::Full) => "; every permitted region that is up has all that it can take",
+            NotBegun::Nobody(Nobody::Left) if self.attempts.is_empty() => {
+                "no permitted region is able: down, drained, not yet proven to be in its region, or without this protocol"
+            }
             NotBegun::Nobody(Nobody::Left) | NotBegun::NotWorthIt | NotBegun::Enough => return,
         };
         match self.attempts.get_mut(self.decided) {

@@ -38,7 +38,7 @@ struct RegionCounts {
     durations: Histogram,
 }
 
-const OUTCOMES: [&str; 13] = [
+const OUTCOMES: [&str; 14] = [
     "ok",
     "unavailable",
     "server_error",
@@ -46,6 +46,7 @@ const OUTCOMES: [&str; 13] = [
     "unconnected",
     "refused",
     "reset",
+    "cut_off",
     "broken",
     "hung",
     "outrun",

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER, TRANSFER_ENCODING, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use isochrone_core::retry::{Mark, Outcome};
 use serde_json::json;
@@ -98,6 +98,11 @@ pub(crate) fn forward(
         head.headers.keys().filter(|name| is_withheld(name)).cloned().collect();
     if withheld.contains(&CONNECTION) {
         withheld.extend(nominated(&head.headers));
+    }
+    // Beside chunks a declared length says nothing (RFC 9112, section 6.3), and passed on it would split the answer; of an
+    // answer that is at hand the length is known.
+    if withheld.contains(&TRANSFER_ENCODING) || matches!(body, AnswerBody::Whole { .. }) {
+        withheld.push(CONTENT_LENGTH);
     }
     withheld.iter().for_each(|name| drop(head.headers.remove(name)));
     head.headers.insert(REGION, snapshot.regions[region.get()].header.clone());
@@ -213,6 +218,8 @@ fn decorate(headers: &mut HeaderMap, record: &Record) {
                 attempts => HeaderValue::from(attempts),
             },
         );
+    }
+    if !record.decision().reason.is_empty() {
         insert(headers, REASON, record.decision().reason.clone());
     }
 }

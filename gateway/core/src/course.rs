@@ -114,9 +114,17 @@ pub struct Course {
     running: usize,
     suspect: RegionSet,
     deaths: u8,
+    /// Where and when endpoints died of it, or with it.
+    died_in: RegionSet,
+    died_at: Time,
 }
 
 impl Course {
+    /// The course of a request whose like broke endpoints before: one more is enough.
+    pub fn on_trial() -> Course {
+        Course { deaths: DEATHS_MAX - 1, ..Course::default() }
+    }
+
     /// Attempts so far.
     pub fn attempts(&self) -> usize {
         self.attempts
@@ -248,7 +256,16 @@ impl Course {
         match outcome {
             // What hangs one endpoint, a lost network or machine, mostly hangs its neighbours too.
             Outcome::Hung => self.suspect.insert(region),
-            Outcome::Reset if body.replayable => self.deaths += 1,
+            Outcome::Reset if body.replayable => {
+                // Two that die together are a lost machine, not a deadly request: the second counts if it stands elsewhere,
+                // or has finished something since the first died.
+                let lived_on = fleet.endpoints[endpoint].succeeded_at() > self.died_at;
+                if !self.died_in.contains(region) || lived_on {
+                    self.deaths += 1;
+                }
+                self.died_in.insert(region);
+                self.died_at = now;
+            }
             _ => {}
         }
         // One endpoint may be sick; two in one region are a sign that the region is.

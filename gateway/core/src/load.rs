@@ -204,7 +204,7 @@ impl ModelLive {
 const MEAN_DECAY: Duration = Duration::from_secs(10);
 
 /// After so long without an answer it is unknown again.
-const MEAN_FRESH: Duration = Duration::from_secs(60);
+const MEAN_FRESH: Duration = Duration::from_secs(20);
 
 /// Answers that make one sample of it. A model's first answers after its start are slow; if one of them counted, a region
 /// would lose its clients for as long as nobody else measures it.
@@ -300,7 +300,7 @@ mod tests {
         assert_eq!(mean.value_ms(), None);
         mean.answered(19 * 10_000, 19, Time(1));
         assert_eq!(mean.value_ms(), Some(54.5));
-        assert!(!mean.is_stale(Time(59_000_000_000)) && mean.is_stale(Time(61_000_000_000)));
+        assert!(!mean.is_stale(Time(19_000_000_000)) && mean.is_stale(Time(21_000_000_000)));
     }
 
     #[test]

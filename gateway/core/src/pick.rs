@@ -251,7 +251,11 @@ impl Picker<'_> {
         let steering = self.query.steering;
         let Some(max_ms) = steering.max_detour_ms.filter(|_| steering.policy == Policy::Nearest) else { return open };
         let away = |at| self.fleet.region(at).expected_ms;
-        let able = open.iter().filter(|at| self.look(*at).healthy > 0);
+        // One that is full or at its limit is no candidate: the next nearest is then the best.
+        let able = open.iter().filter(|at| {
+            let region = self.fleet.region(*at);
+            self.look(*at).ready > 0 && region.live.load() < region.region.hard_limit
+        });
         let Some(nearest) = able.filter_map(away).reduce(f32::min) else { return open };
         let mut near = open;
         open.iter().filter(|at| away(*at).is_some_and(|ms| ms > nearest + max_ms)).for_each(|at| near.remove(at));

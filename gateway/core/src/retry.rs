@@ -13,6 +13,8 @@ pub enum Outcome {
     Refused,
     /// The connection broke after something of the request may have been sent.
     Reset,
+    /// The same while the client's body was still being sent on: the endpoint may have refused it, as one that is too large.
+    CutOff,
     /// A response began and broke off, or was not whole, before any of it went to the client.
     Broken,
     /// The endpoint was silent, and did not answer a question about its health either.
@@ -84,6 +86,7 @@ impl Outcome {
             Outcome::ConnectFailed => (Retry::Any, Mark::Unreachable),
             Outcome::Refused | Outcome::Unconnected => (Retry::Any, Mark::None),
             Outcome::Reset | Outcome::Broken => (Retry::Replayable, Mark::Failure),
+            Outcome::CutOff => (Retry::No, Mark::None),
             Outcome::Outrun => (Retry::No, Mark::Failure),
             Outcome::Cancelled => (Retry::No, Mark::None),
             Outcome::Hung => (Retry::Replayable, Mark::Dead),
@@ -103,6 +106,7 @@ impl Outcome {
             Outcome::Refused => "refused",
             Outcome::Unconnected => "unconnected",
             Outcome::Reset => "reset",
+            Outcome::CutOff => "cut_off",
             Outcome::Broken => "broken",
             Outcome::Outrun => "outrun",
             Outcome::Cancelled => "cancelled",
@@ -143,7 +147,7 @@ mod tests {
     #[test]
     fn nothing_that_a_client_can_cause_by_itself_counts_against_an_endpoint() {
         let own = [500, 504, 400].map(Outcome::Status).into_iter();
-        for outcome in own.chain([Outcome::ClientTimedOut, Outcome::ClientBody, Outcome::Cancelled]) {
+        for outcome in own.chain([Outcome::CutOff, Outcome::ClientTimedOut, Outcome::ClientBody, Outcome::Cancelled]) {
             assert!(matches!(outcome.verdict().endpoint, Mark::None | Mark::Success), "{outcome:?}");
         }
     }

@@ -109,6 +109,25 @@ fn a_request_that_breaks_two_endpoints_is_not_sent_to_a_third() {
 }
 
 #[test]
+fn two_that_die_together_are_a_lost_machine_and_no_deadly_request() {
+    for (lives_on, expected) in
+        [(false, [Next::Again, Next::Again, Next::Poisonous]), (true, [Next::Again, Next::Poisonous, Next::Stop])]
+    {
+        let fleet = fleet(vec![(region("near", 5.0), 2), (region("far", 60.0), 1)]);
+        let mut asking = Asking::new(&fleet);
+        for (at, expected) in expected.into_iter().enumerate().take_while(|(_, next)| *next != Next::Stop) {
+            let attempt = asking.begin(Why::Needed).expect("somebody");
+            if at == 1 && lives_on {
+                // The second has finished something since the first died.
+                let place = (attempt.choice.region.get(), attempt.choice.endpoint);
+                judge(&fleet, place.0, place.1, Mark::Success, Time(NOW.0 + 2_000_000));
+            }
+            assert_eq!(asking.end(attempt, Outcome::Reset, BODY).0, expected, "attempt {at}");
+        }
+    }
+}
+
+#[test]
 fn extra_attempts_end_with_the_budgets_of_where_they_come_from_and_go_to() {
     let fleet = regions(2, 1);
     let mut extras = 0;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
-use http::{HeaderMap, HeaderName, Response};
+use http::{HeaderMap, HeaderName, Response, StatusCode};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Incoming};
 use isochrone_core::region::RegionIndex;
@@ -45,6 +45,8 @@ pub(crate) enum Failure {
     Send(SendError),
     /// An answer began and broke off before the client got any of it.
     Broken(hyper::Error),
+    /// It wants to speak another protocol, which nobody asked for (RFC 9110, section 15.2.2).
+    Switched,
     /// It was silent, and did not say that it lives.
     Hung,
     Deadline,
@@ -58,7 +60,7 @@ impl Failure {
             Failure::Send(SendError::Reset(_)) => Outcome::Reset,
             Failure::Send(SendError::Refused(_)) => Outcome::Refused,
             Failure::Send(SendError::ClientBody) => Outcome::ClientBody,
-            Failure::Broken(_) => Outcome::Broken,
+            Failure::Broken(_) | Failure::Switched => Outcome::Broken,
             Failure::Hung => Outcome::Hung,
             Failure::Deadline => Outcome::ClientTimedOut,
         }
@@ -69,6 +71,7 @@ impl Failure {
         match self {
             Failure::Send(error) => error.to_string(),
             Failure::Broken(error) => format!("the answer broke off: {error}"),
+            Failure::Switched => "it switches protocols, unasked".to_owned(),
             Failure::Hung => "silent, and no answer to a question about its health".to_owned(),
             Failure::Deadline => "no answer within the deadline".to_owned(),
         }
@@ -83,7 +86,9 @@ impl Failure {
             }
             Failure::Send(SendError::Refused(_)) => Ok(before),
             Failure::Send(SendError::ClientBody) => Err(Error::BrokenBody),
-            Failure::Send(SendError::Reset(_)) | Failure::Broken(_) | Failure::Hung => Ok(Error::Broken),
+            Failure::Send(SendError::Reset(_)) | Failure::Broken(_) | Failure::Switched | Failure::Hung => {
+                Ok(Error::Broken)
+            }
             Failure::Deadline => Err(Error::Deadline),
         }
     }
@@ -125,6 +130,9 @@ pub(super) async fn send(
     let sent = upstream::send(endpoint, (target, pool), outgoing, body, attempts.connect_timeout, core.now());
     let (response, lease) = sent.await.map_err(Failure::Send)?;
     heed(core, endpoint, response.headers());
+    if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+        return Err(Failure::Switched);
+    }
     let streams = !state.replayable || request.call.body == BodyMode::Stream;
     let (head, body) = received(response, state.replayable, streams, attempts.answer_bytes).await?;
     let upstream = match &body {

@@ -26,6 +26,9 @@ use crate::tls;
 /// Every setting with its default.
 const REFERENCE: &str = include_str!("../../../config/reference.toml");
 
+/// The longest pause after overload replies.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
 /// The most endpoints of all regions together: requests note in 16 bits which they have tried.
 const ENDPOINTS_MAX: usize = 60_000;
 
@@ -79,6 +82,14 @@ impl Builder<'_> {
         let (geometry, live) = (self.geometry(&main, &gateway), live_rules(&gateway));
         let (routes, default_route) = self.routes(&main, &gateway, &regions, &tenants);
         self.bounds(&main, &gateway);
+        if self.problems.is_empty() {
+            self.idle_rules(&main, &gateway);
+            if tenants.is_empty() {
+                let message = "there is no tenant, so nobody could be served; is it still being written?".into();
+                let file = self.directory.join("tenants.toml");
+                self.problems.push(Problem { file, line: 0, column: 0, message });
+            }
+        }
         if let Some(name) = &gateway.identity.anonymous
             && !tenants.iter().any(|tenant| tenant.name == *name)
         {
@@ -253,6 +264,20 @@ impl Builder<'_> {
             if !holds {
                 self.say(main, path, message);
             }
+        }
+    }
+
+    /// Rules that hold for nobody, which cannot be meant. A zone or a model that no region has any more is no such mistake:
+    /// whoever takes the last region of a zone away wants that to hold at once, and its tenants are refused.
+    fn idle_rules(&mut self, main: &Document, gateway: &file::Gateway) {
+        for (at, _) in gateway.country_rules.iter().enumerate().filter(|(_, rule)| rule.countries.is_empty()) {
+            let place = ["country_rules", &at.to_string(), "countries"];
+            self.say(main, &place, "a rule for no country holds for nobody");
+        }
+        let detours = gateway.routes.iter().map(|route| route.max_detour).chain([gateway.steering.max_detour]);
+        if gateway.gateway.latitude.is_none() && detours.flatten().next().is_some() {
+            let message = "`max_detour` counts from this gateway: it needs [gateway] latitude and longitude";
+            self.say(main, &["steering"], message);
         }
     }
 
@@ -759,7 +784,8 @@ fn live_rules(gateway: &file::Gateway) -> live::Rules {
         pushback: pushback::Rules {
             in_a_row: capacity.overload_replies,
             pause: outlier.ejection.0,
-            pause_max: outlier.ejection_max.0,
+            // Its end costs nobody a trial, so it need not be long.
+            pause_max: outlier.ejection_max.0.min(PAUSE_MAX),
         },
         limit: limit::Rules { min: capacity.concurrency_min, max: capacity.concurrency_max },
         slow_start: capacity.slow_start.0,

@@ -199,7 +199,33 @@ async fn a_request_that_kills_is_stopped_after_two_and_refused_when_it_comes_aga
     assert!(metrics.contains("isochrone_queries_of_death_refused_total 1"), "{metrics}");
     let log = world.gateway.as_ref().expect("started").log();
     assert!(log.contains("query of death"), "{log}");
+    // After a second the next is let through, as a trial, and one more death is enough.
+    world
+        .until("the trial", async |world| {
+            let trial = world.ask(poison.clone()).await;
+            assert_eq!(trial.status, StatusCode::BAD_GATEWAY);
+            (trial.header("isochrone-attempts") == "1").then_some(())
+        })
+        .await;
+    assert_eq!(world.ask(poison.clone()).await.header("isochrone-attempts"), "");
     world.gateway.as_mut().expect("started").terminate();
+}
+
+/// A machine with all of a region's workers is lost while a popular request is in flight there: nobody takes that for a
+/// query of death.
+#[tokio::test]
+async fn a_lost_machine_is_not_seen_and_poisons_nobody() {
+    let _alone = alone().await;
+    let mut world = World::start("fault-machine", Plan::default()).await;
+    let mut second = with_a_second_endpoint(&world).await;
+    let kill = |world: &mut World| {
+        second.signal("KILL");
+        world.workers.get_mut("eu-west").expect("started").kill();
+        second.kill();
+    };
+    let report = under_load(&mut world, kill, |world| world.start_worker("eu-west")).await;
+    let metrics = unseen(&world, &report).await;
+    assert!(metrics.contains("isochrone_queries_of_death_refused_total 0"), "{metrics}");
 }
 
 /// A slow worker is told from a hung one: it keeps its work, and the client is answered by another that is quicker.
@@ -276,21 +302,7 @@ async fn a_stream_that_breaks_off_says_so_in_its_own_words() {
 async fn a_walled_tenant_is_seen_by_nobody_else_whatever_happens() {
     let _alone = alone().await;
     let mut world = World::start("torture", Plan::default()).await;
-    // A second endpoint in the zone.
-    let port = crate::world::free_port();
-    let mut second = second_worker(&world, port);
-    let file = world.region_file("eu-west");
-    let text = std::fs::read_to_string(&file).expect("a region file");
-    let more = format!("[[endpoints]]\nhttp = \"http://127.0.0.1:{port}\"\n[models.tiny]");
-    world.replace(&file, &text.replace("[models.tiny]", &more));
-    world
-        .until("both endpoints are healthy", async |world| {
-            let regions = world.regions().await?;
-            let eu = regions.as_array()?.iter().find(|region| region["region"] == "eu-west")?.clone();
-            let all = eu["endpoints"].as_array()?.clone();
-            (all.len() == 2 && all.iter().all(|endpoint| endpoint["healthy"] == true)).then_some(())
-        })
-        .await;
+    let mut second = with_a_second_endpoint(&world).await;
     let length = Duration::from_secs(12);
     let walled = tokio::spawn(run::run(load(&world, "demo-eu", Some("walled"), 150.0, length), |_| {}));
     let open = tokio::spawn(run::run(load(&world, "demo", Some("open"), 150.0, length), |_| {}));
@@ -310,7 +322,7 @@ async fn a_walled_tenant_is_seen_by_nobody_else_whatever_happens() {
     world.workers["eu-west"].signal("CONT");
     // A reload in the middle of it.
     world.write_region("ap-northeast", true);
-    second = second_worker(&world, port);
+    second = second_worker(&world, second.1);
     let (walled, open) = (walled.await.expect("no panic"), open.await.expect("no panic"));
     let (walled, open) = (walled.expect("a report"), open.expect("a report"));
     // The others lost nothing: they may go elsewhere.
@@ -334,9 +346,44 @@ async fn a_walled_tenant_is_seen_by_nobody_else_whatever_happens() {
     }
 }
 
-fn second_worker(world: &World, port: u16) -> Process {
+/// A second worker in eu-west, once the gateway finds it healthy.
+async fn with_a_second_endpoint(world: &World) -> Second {
+    let second = second_worker(world, crate::world::free_port());
+    let file = world.region_file("eu-west");
+    let text = std::fs::read_to_string(&file).expect("a region file");
+    let more = format!("[[endpoints]]\nhttp = \"http://127.0.0.1:{}\"\n[models.tiny]", second.1);
+    world.replace(&file, &text.replace("[models.tiny]", &more));
+    world
+        .until("both endpoints are healthy", async |world| {
+            let regions = world.regions().await?;
+            let eu = regions.as_array()?.iter().find(|region| region["region"] == "eu-west")?.clone();
+            let all = eu["endpoints"].as_array()?.clone();
+            (all.len() == 2 && all.iter().all(|endpoint| endpoint["healthy"] == true)).then_some(())
+        })
+        .await;
+    second
+}
+
+fn second_worker(world: &World, port: u16) -> Second {
     let mut command = std::process::Command::new(binary("isochrone-backend"));
     command.args(["serve", "--region", "eu-west", "--listen", &format!("127.0.0.1:{port}"), "--models"]);
     command.arg(&world.plan.models);
-    Process::start("eu-west-2", &mut command, &world.folder.join("eu-west-2.log"))
+    Second(Process::start("eu-west-2", &mut command, &world.folder.join("eu-west-2.log")), port)
+}
+
+/// A worker beside the world's own, and its port.
+struct Second(Process, u16);
+
+impl std::ops::Deref for Second {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        &self.0
+    }
+}
+
+impl std::ops::DerefMut for Second {
+    fn deref_mut(&mut self) -> &mut Process {
+        &mut self.0
+    }
 }
