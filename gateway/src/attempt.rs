@@ -176,29 +176,20 @@ async fn begin_or_wait<'a>(
     let mut passing = 0;
     loop {
         let place = waiting.join(deadline, queue.bound);
-        // Something may have been released just before this request joined.
-        match begin(core, request, course, Why::Needed, record) {
-            Err(FULL) => {}
-            Ok(begun) => return Ok(begun),
-            Err(why) => {
-                waiting.pass(passing);
-                return Err(why);
-            }
+        // Something may have been released just before this request joined, or it is its turn.
+        let begun = begin(core, request, course, Why::Needed, record);
+        if begun.is_err() {
+            // What this one's turn was for is of no use to it: the next may look.
+            waiting.pass(passing);
         }
-        // What this one's turn was for is of no use to it: the next may look.
-        waiting.pass(passing);
-        match timeout_at(until, place).await {
-            Ok(Turn::Look(others)) => passing = others,
+        match begun {
+            Err(FULL) => {}
+            begun => return begun,
+        }
+        passing = match timeout_at(until, place).await {
+            Ok(Turn::Look(others)) => others,
             Ok(Turn::Shed) | Err(_) => return Err(FULL),
-        }
-        match begin(core, request, course, Why::Needed, record) {
-            Err(FULL) => {}
-            Ok(begun) => return Ok(begun),
-            Err(why) => {
-                waiting.pass(passing);
-                return Err(why);
-            }
-        }
+        };
     }
 }
 

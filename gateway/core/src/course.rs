@@ -3,7 +3,6 @@
 //! The gateway's loop and the simulation both do what this says; neither decides anything itself.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::Time;
 use crate::budget::Budget;
@@ -319,9 +318,4 @@ impl Course {
 pub fn kept_budget(budget: &Budget, rules: &Rules, now: Time) -> bool {
     let (requests, extras) = budget.counts(now);
     invariant::is_within_budget(extras, requests, rules.budget_share, u64::from(rules.budget_floor) * 10)
-}
-
-/// The time that a full queue is worth waiting for a place, given what is left of the deadline.
-pub fn patience(longest: Duration, now: Time, deadline: Time) -> Duration {
-    longest.min(deadline.since(now))
 }

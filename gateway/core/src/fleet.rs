@@ -123,9 +123,11 @@ impl Fleet {
                     endpoints: in_region
                         .clone()
                         .flat_map(|(at, region)| region.endpoints.clone().map(move |endpoint| (at, endpoint)))
-                        .map(|(at, endpoint): (usize, usize)| declares(at).then(|| endpoints[endpoint].model(&name)))
+                        .map(|(at, endpoint): (usize, usize)| {
+                            declares(at).then(|| endpoints[endpoint].models.of(&name))
+                        })
                         .collect(),
-                    regions: in_region.map(|(at, region)| declares(at).then(|| region.live.model(&name))).collect(),
+                    regions: in_region.map(|(at, region)| declares(at).then(|| region.live.models.of(&name))).collect(),
                     presumed_ms: AtomicU32::new(known.map_or(0, |known| known.presumed_ms.load(Relaxed))),
                     hedges: known.map(|known| Arc::clone(&known.hedges)).unwrap_or_default(),
                     name,
@@ -133,8 +135,8 @@ impl Fleet {
             })
             .collect();
         let declared = |name: &str| models.iter().any(|model| &*model.name == name);
-        endpoints.iter().for_each(|live: &Arc<Live>| live.keep_models(declared));
-        regions.iter().for_each(|region| region.live.keep_models(declared));
+        endpoints.iter().for_each(|live: &Arc<Live>| live.models.keep(declared));
+        regions.iter().for_each(|region| region.live.models.keep(declared));
         Fleet {
             drained: RegionSet::of(regions.iter().map(|region| &region.region), |region| region.drain),
             has_costs: regions.iter().any(|region| region.region.cost != 0.0),

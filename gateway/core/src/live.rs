@@ -140,7 +140,8 @@ pub struct Live {
     rotated: AtomicU64,
     report: [AtomicU32; 2],
     reported_at: AtomicU64,
-    models: Mutex<Vec<(Arc<str>, Arc<ModelLive>)>>,
+    /// What is measured of each model here.
+    pub(crate) models: ByModel<ModelLive>,
 }
 
 /// What probes have found.
@@ -165,6 +166,45 @@ pub enum Told {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic elsewhere leaves counters, not broken structure.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Something of each model, which outlives configurations.
+#[derive(Debug)]
+pub(crate) struct ByModel<T>(Mutex<Vec<(Arc<str>, Arc<T>)>>);
+
+impl<T> Default for ByModel<T> {
+    fn default() -> Self {
+        ByModel(Mutex::default())
+    }
+}
+
+impl<T: Default> ByModel<T> {
+    /// That of one model, new if there is none yet.
+    pub(crate) fn of(&self, name: &Arc<str>) -> Arc<T> {
+        let mut models = lock(&self.0);
+        match models.iter().find(|(known, _)| known == name) {
+            Some((_, live)) => Arc::clone(live),
+            None => {
+                let live = Arc::<T>::default();
+                models.push((Arc::clone(name), Arc::clone(&live)));
+                live
+            }
+        }
+    }
+
+    /// Forgets models that are no longer declared.
+    pub(crate) fn keep(&self, declared: impl Fn(&str) -> bool) {
+        lock(&self.0).retain(|(name, _)| declared(name));
+    }
+
+    fn each(&self, act: impl Fn(&T)) {
+        lock(&self.0).iter().for_each(|(_, live)| act(live));
+    }
+
+    /// Whether it holds of any.
+    fn any(&self, holds: impl Fn(&T) -> bool) -> bool {
+        lock(&self.0).iter().any(|(_, live)| holds(live))
+    }
 }
 
 const WINDOW: Duration = Duration::from_secs(5);
@@ -194,7 +234,7 @@ impl Live {
             rotated: AtomicU64::new(0),
             report: Default::default(),
             reported_at: AtomicU64::new(0),
-            models: Mutex::default(),
+            models: ByModel::default(),
         }
     }
 
@@ -274,7 +314,7 @@ impl Live {
     /// It is back: it is eased in, and what its failures cost it in the eyes of the power of two choices is forgiven.
     fn returns(&self, now: Time) {
         self.ramp_from.store(now.0.max(1), Relaxed);
-        lock(&self.models).iter().for_each(|(_, model)| model.forgive());
+        self.models.each(ModelLive::forgive);
     }
 
     /// Counts a failure. Returns whether it ought to be ejected for it.
@@ -434,7 +474,7 @@ impl Live {
 
     /// Whether its overload replies keep requests of some model away now.
     pub fn is_paused(&self, now: Time) -> bool {
-        lock(&self.models).iter().any(|(_, model)| model.is_paused(now))
+        self.models.any(|model| model.is_paused(now))
     }
 
     /// The mean time in which it answers a probe on an open connection, in milliseconds.
@@ -450,24 +490,6 @@ impl Live {
     /// Requests sent from here and not ended.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(Relaxed)
-    }
-
-    /// The measurements of one model here.
-    pub(crate) fn model(&self, name: &Arc<str>) -> Arc<ModelLive> {
-        let mut models = lock(&self.models);
-        match models.iter().find(|(known, _)| known == name) {
-            Some((_, live)) => Arc::clone(live),
-            None => {
-                let live = Arc::<ModelLive>::default();
-                models.push((Arc::clone(name), Arc::clone(&live)));
-                live
-            }
-        }
-    }
-
-    /// Forgets models that are no longer declared.
-    pub(crate) fn keep_models(&self, declared: impl Fn(&str) -> bool) {
-        lock(&self.models).retain(|(name, _)| declared(name));
     }
 
     /// Lets the windows roll.
@@ -489,7 +511,8 @@ pub struct RegionLive {
     pub(crate) reported: AtomicU32,
     /// The round trip of its probes.
     pub(crate) round_trip: Term,
-    models: Mutex<Vec<(Arc<str>, Arc<RegionModel>)>>,
+    /// What each model costs here.
+    pub(crate) models: ByModel<RegionModel>,
     /// Held while an ejection is weighed against the cap.
     pub(crate) judging: Mutex<()>,
 }
@@ -514,22 +537,6 @@ impl RegionLive {
     /// Requests sent from here and not ended.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(Relaxed)
-    }
-
-    pub(crate) fn model(&self, name: &Arc<str>) -> Arc<RegionModel> {
-        let mut models = lock(&self.models);
-        match models.iter().find(|(known, _)| known == name) {
-            Some((_, live)) => Arc::clone(live),
-            None => {
-                let live = Arc::<RegionModel>::default();
-                models.push((Arc::clone(name), Arc::clone(&live)));
-                live
-            }
-        }
-    }
-
-    pub(crate) fn keep_models(&self, declared: impl Fn(&str) -> bool) {
-        lock(&self.models).retain(|(name, _)| declared(name));
     }
 }
 
