@@ -11,7 +11,7 @@ use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri};
 use isochrone_core::course::{NotBegun, Why};
 use isochrone_core::geo::Location;
-use isochrone_core::pick::{Choice, Nobody, Query};
+use isochrone_core::pick::{Choice, Nobody, Passed, Query};
 use isochrone_core::retry::Outcome;
 use isochrone_core::steer::Score;
 use isochrone_telemetry::{SPANS, timestamp, trace};
@@ -392,7 +392,8 @@ fn reason_begins(snapshot: &Snapshot, query: &Query<'_>, choice: &Choice) -> Str
 }
 
 fn reason_ends(reason: &mut String, snapshot: &Snapshot, choice: &Choice) {
-    if let Some((region, why)) = choice.instead_of {
+    // What was tried is named already, with what came of it.
+    if let Some((region, why)) = choice.instead_of.filter(|(_, why)| *why != Passed::Tried) {
         push(reason, &["; ", &*snapshot.regions[region.get()].name, " ", why.as_str()]);
     }
     if choice.panic {
