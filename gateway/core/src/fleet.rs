@@ -245,7 +245,7 @@ impl Fleet {
             // Of those that could answer: what a dead one measured in its better days says nothing.
             let well = lives.iter().filter(|live| live.is_healthy() && !live.is_ejected(now));
             if let Some(nearest) = well.filter_map(|live| live.round_trip_ms()).reduce(f32::min) {
-                region.live.round_trip.follow(Some(nearest), now, self.rules.shift);
+                region.live.round_trip.follow(Some(nearest), None, now, self.rules.shift);
             }
             let reports = || lives.iter().map(|live| (live.report(now, &self.rules), live.in_flight()));
             let fresh = reports().any(|(report, _)| report.is_some());
@@ -257,6 +257,7 @@ impl Fleet {
 
     fn refresh_model(&self, model: &FleetModel, now: Time) {
         let mut best: Option<f32> = None;
+        let presumed = f32::from_bits(model.presumed_ms.load(Relaxed));
         for (region, terms) in self.regions.iter().zip(&model.regions) {
             let Some(terms) = terms else { continue };
             let at = region.endpoints.clone();
@@ -267,8 +268,8 @@ impl Fleet {
                 mean.answered(sum_us, count, now);
             } else if mean.is_stale(now) {
                 *mean = Mean::default();
-                terms.service.follow(None, now, self.rules.shift);
-                terms.wait.follow(None, now, self.rules.shift);
+                terms.service.follow(None, None, now, self.rules.shift);
+                terms.wait.follow(None, None, now, self.rules.shift);
             }
             let Some(response_ms) = mean.value_ms() else { continue };
             let way_ms = region.live.round_trip.target().unwrap_or(0.0);
@@ -283,9 +284,10 @@ impl Fleet {
                 })
                 .collect();
             let wait_ms = waits.iter().sum::<f32>() / waits.len().max(1) as f32;
-            terms.wait.follow(Some(wait_ms), now, self.rules.shift);
+            // Nobody waits where nothing is known.
+            terms.wait.follow(Some(wait_ms), Some(0.0), now, self.rules.shift);
             // What a request waited is in the mean already.
-            terms.service.follow(Some((served_ms - wait_ms).max(0.0)), now, self.rules.shift);
+            terms.service.follow(Some((served_ms - wait_ms).max(0.0)), Some(presumed), now, self.rules.shift);
             let service_ms = terms.service.target().unwrap_or(0.0);
             best = Some(best.map_or(service_ms, |best| best.min(service_ms)));
         }

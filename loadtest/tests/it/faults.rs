@@ -51,6 +51,13 @@ fn load(world: &World, tenant: &str, id: Option<&'static str>, rate: f64, length
 /// Load while something is done to the world.
 async fn under_load(world: &mut World, strike: impl FnOnce(&mut World), heal: impl FnOnce(&mut World)) -> Report {
     let running = tokio::spawn(run::run(load(world, "demo", None, RATE, LENGTH), |_| {}));
+    // From when it flows, however long a busy machine takes to begin.
+    world
+        .until("the load flows", async |world| {
+            let metrics = String::from_utf8(world.admin_text("/metrics").await?.to_vec()).ok()?;
+            (count(&metrics, "ok") > 100).then_some(())
+        })
+        .await;
     tokio::time::sleep(STRUCK).await;
     strike(world);
     tokio::time::sleep(HEALED - STRUCK).await;
@@ -81,12 +88,6 @@ fn count(metrics: &str, outcome: &str) -> u64 {
     counts(metrics, "isochrone_attempts_total", &label).map(|(_, count)| count).sum()
 }
 
-/// Tells how many requests met the fault. That some do is not asserted here: once, on a busy machine, none met a hang, for a
-/// reason that is not known yet. The tests without load assert it of a kill and of a hang.
-fn met(metrics: &str, outcome: &str) {
-    eprintln!("{} attempts ended {outcome}", count(metrics, outcome));
-}
-
 async fn in_use_again(world: &World) {
     let since = Instant::now();
     world
@@ -114,7 +115,7 @@ async fn a_kill_under_load_is_not_seen() {
     let kill = |world: &mut World| world.workers.get_mut("eu-west").expect("started").kill();
     let report = under_load(&mut world, kill, |world| world.start_worker("eu-west")).await;
     let metrics = unseen(&world, &report).await;
-    met(&metrics, "connect_failed");
+    assert!(count(&metrics, "connect_failed") + count(&metrics, "reset") >= 3, "{metrics}");
     // Three failures and it is out: what fails after those was on its way already.
     let log = world.gateway.as_ref().expect("started").log();
     let failed: Vec<f64> = log.lines().filter(|line| line.contains("attempt failed")).map(seconds).collect();
@@ -132,7 +133,7 @@ async fn a_hang_under_load_is_not_seen() {
     let stop = |world: &mut World| world.workers["eu-west"].signal("STOP");
     let report = under_load(&mut world, stop, |world| world.workers["eu-west"].signal("CONT")).await;
     let metrics = unseen(&world, &report).await;
-    met(&metrics, "hung");
+    assert!(count(&metrics, "hung") > 0, "{metrics}");
     assert!(report.latency_ms["max"] < 2_000.0, "{report:?}");
     in_use_again(&world).await;
 }
@@ -151,8 +152,7 @@ async fn answers_that_break_off_in_the_middle_are_not_seen() {
     let report = under_load(&mut world, |_| faulty.set(Mode::HalfAnswer), |_| faulty.set(Mode::Well)).await;
     let metrics = unseen(&world, &report).await;
     let broken = count(&metrics, "broken");
-    met(&metrics, "broken");
-    assert!(broken <= 40, "{broken}");
+    assert!((1..=40).contains(&broken), "{broken}");
     in_use_again(&world).await;
 }
 
@@ -163,7 +163,7 @@ async fn a_worker_that_accepts_and_is_silent_is_not_seen() {
     let (mut world, faulty) = faulty("fault-silent", "eu-west").await;
     let report = under_load(&mut world, |_| faulty.set(Mode::Silent), |_| faulty.set(Mode::Well)).await;
     let metrics = unseen(&world, &report).await;
-    met(&metrics, "hung");
+    assert!(count(&metrics, "hung") > 0, "{metrics}");
     in_use_again(&world).await;
 }
 
@@ -174,10 +174,9 @@ async fn a_worker_that_answers_503_is_not_seen() {
     let (mut world, faulty) = faulty("fault-503", "eu-west").await;
     let report = under_load(&mut world, |_| faulty.set(Mode::Overloaded), |_| faulty.set(Mode::Well)).await;
     let metrics = unseen(&world, &report).await;
-    met(&metrics, "unavailable");
-    assert!(count(&metrics, "unavailable") <= 60, "{metrics}");
+    assert!((5..=60).contains(&count(&metrics, "unavailable")), "{metrics}");
     let log = world.gateway.as_ref().expect("started").log();
-    assert!(!log.contains("endpoint ejected"), "{log}");
+    assert!(log.contains("endpoint overloaded") && !log.contains("endpoint ejected"), "{log}");
     in_use_again(&world).await;
 }
 
