@@ -111,13 +111,14 @@ pub(crate) type Named = (Box<str>, Option<Box<str>>);
 /// # Errors
 /// A body that is too large, too slow, broken off, or does not name the model that it must.
 pub(crate) async fn receive(
+    headers: &HeaderMap,
     body: Incoming,
     call: &Call,
     limits: ReceiveLimits,
 ) -> Result<(Received, Option<Named>), Error> {
     if body.is_end_stream() {
         let received = Received { chunks: Chunks::One(None), rest: None, gone: false, trailers: None };
-        return model(&received, call).map(|model| (received, model));
+        return model(headers, &received, call).map(|model| (received, model));
     }
     let declared = body.size_hint().lower();
     let most = match call.body {
@@ -128,12 +129,12 @@ pub(crate) async fn receive(
         BodyMode::Keep => limits.keep_bytes,
         BodyMode::Stream => 0,
     };
-    let collected = collect(body, call, most);
+    let collected = collect(headers, body, call, most);
     let received = tokio::time::timeout(limits.timeout, collected).await.map_err(|_| Error::SlowBody)??;
     if call.body == BodyMode::Whole && received.rest.is_some() {
         return Err(Error::OversizeBody);
     }
-    let model = model(&received, call)?;
+    let model = model(headers, &received, call)?;
     Ok((received, model))
 }
 
@@ -217,7 +218,7 @@ impl Kept {
 }
 
 /// Reads frames until the body ends, or until there are more bytes than `most` and the model has been found.
-async fn collect(mut body: Incoming, call: &Call, most: usize) -> Result<Received, Error> {
+async fn collect(headers: &HeaderMap, mut body: Incoming, call: &Call, most: usize) -> Result<Received, Error> {
     let (mut kept, mut trailers) = (Kept::default(), None);
     let needs_model = call.model == ModelIn::FirstMessage;
     let (mut looks, mut looked) = (0, 0);
@@ -228,7 +229,9 @@ async fn collect(mut body: Incoming, call: &Call, most: usize) -> Result<Receive
             }
             if looks < LOOKS || kept.size >= looked * 2 {
                 (looks, looked) = (looks + 1, kept.size);
-                if call::model_in_message(&kept.joined())?.is_some() {
+                let joined = kept.joined();
+                let plain = call::plain(headers, &joined)?;
+                if plain.is_some_and(|plain| !matches!(call::model_in_message(&plain), Ok(None))) {
                     break;
                 }
             }
@@ -251,7 +254,7 @@ async fn collect(mut body: Incoming, call: &Call, most: usize) -> Result<Receive
 }
 
 /// The model that the call names.
-fn model(received: &Received, call: &Call) -> Result<Option<Named>, Error> {
+fn model(headers: &HeaderMap, received: &Received, call: &Call) -> Result<Option<Named>, Error> {
     let contiguous = || match received.chunks() {
         [one] => one.clone(),
         many => many.concat().into(),
@@ -261,8 +264,10 @@ fn model(received: &Received, call: &Call) -> Result<Option<Named>, Error> {
         ModelIn::Path(name) => Ok(Some((name.clone(), call.version.clone()))),
         ModelIn::JsonBody => call::model_in_json(&contiguous()).map(|name| Some((name.into(), None))),
         ModelIn::FirstMessage => {
-            let message = contiguous();
-            let name = call::model_in_message(&message)?.ok_or(Error::Malformed("the first message names no model"))?;
+            let body = contiguous();
+            let none = || Error::Malformed("the first message names no model, or is too long for it to be found");
+            let message = call::plain(headers, &body)?.ok_or_else(none)?;
+            let name = call::model_in_message(&message)?.ok_or_else(none)?;
             Ok(Some((name.into(), call::version_in_message(&message).map(Into::into))))
         }
     }

@@ -1,11 +1,13 @@
 //! What is asked for: the path and method turned into one of the calls that the gateway knows.
 
 use std::borrow::Cow;
+use std::io::Read;
 
 use bytes::Bytes;
-use http::Method;
+use flate2::read::{GzDecoder, ZlibDecoder};
 use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use http::request::Parts;
+use http::{HeaderMap, HeaderValue, Method};
 
 use crate::error::Error;
 
@@ -87,7 +89,16 @@ fn openai(head: &Parts) -> Result<Call, Error> {
         // Generation is never replayed: its client may have begun to read.
         "/v1/completions" | "/v1/chat/completions" => (Method::POST, false),
         "/v1/models" => (Method::GET, true),
-        _ => return Err(Error::NoRoute),
+        path => match path.strip_prefix("/v1/models/") {
+            Some(name) => {
+                allow(head, &Method::GET)?;
+                let model = named(name)?;
+                let (version, body) = (None, BodyMode::Keep);
+                let dialect = Dialect::OpenAi;
+                return Ok(Call { dialect, model, version, body, replayable: true, list_models: false });
+            }
+            None => return Err(Error::NoRoute),
+        },
     };
     allow(head, &method)?;
     let list_models = method == Method::GET;
@@ -235,12 +246,40 @@ pub(crate) fn model_in_json(body: &[u8]) -> Result<Cow<'_, str>, Error> {
     named.model.ok_or(Error::Malformed("the body has no member `model`"))
 }
 
+/// The largest message that is inflated to read its model. A few kilobytes can swell to gigabytes.
+const INFLATED_MAX: u64 = 8 << 20;
+
+/// The first message that the body holds as it would be without compression, behind gRPC's prefix of five bytes.
+/// `Ok(None)`: it is compressed, and more bytes are needed.
+///
+/// # Errors
+/// It is compressed in a way that is not known, or is larger than what is inflated.
+pub(crate) fn plain<'b>(head: &HeaderMap, body: &'b [u8]) -> Result<Option<Cow<'b, [u8]>>, Error> {
+    let Some((&[1, length @ ..], rest)) = body.split_first_chunk::<5>() else { return Ok(Some(Cow::Borrowed(body))) };
+    let Some(packed) = rest.get(..u32::from_be_bytes(length) as usize) else { return Ok(None) };
+    let mut inflated = vec![0; 5];
+    let read = match head.get("grpc-encoding").map(HeaderValue::as_bytes) {
+        Some(b"gzip") => GzDecoder::new(packed).take(INFLATED_MAX).read_to_end(&mut inflated),
+        // As HTTP has it: within zlib's frame.
+        Some(b"deflate") => ZlibDecoder::new(packed).take(INFLATED_MAX).read_to_end(&mut inflated),
+        _ => return Err(Error::Malformed("the first message is compressed in a way that is not known here")),
+    };
+    match read {
+        Ok(size) if size as u64 == INFLATED_MAX => Err(Error::OversizeBody),
+        Ok(size) => {
+            inflated[1..5].copy_from_slice(&(size as u32).to_be_bytes());
+            Ok(Some(Cow::Owned(inflated)))
+        }
+        Err(_) => Err(Error::Malformed("the first message is not compressed as its head says")),
+    }
+}
+
 /// Field 1 of the protobuf message that the body begins with, behind gRPC's prefix of five bytes.
 /// `Ok(None)`: more bytes are needed.
 ///
 /// # Errors
-/// A message that is compressed, malformed, or gives the field twice: a worker would take the last, and a check of the
-/// first would have checked another model.
+/// A message that is malformed, or gives the field twice: a worker would take the last, and a check of the first would
+/// have checked another model.
 pub(crate) fn model_in_message(body: &[u8]) -> Result<Option<&str>, Error> {
     const MALFORMED: Error = Error::Malformed("the message is no protobuf that names one model");
     let Some((&[compressed, length @ ..], rest)) = body.split_first_chunk::<5>() else { return Ok(None) };
@@ -337,7 +376,8 @@ pub(crate) fn may_be_sequence(head: &Parts, chunks: &[Bytes]) -> bool {
         }
     };
     let has = |name: &[u8]| memchr::memmem::find(body, name).is_some();
-    let hidden = || head.headers.contains_key(CONTENT_ENCODING) || (has(b"\\u") && has(b"\"parameters\""));
+    let packed = || head.headers.contains_key(CONTENT_ENCODING) || head.headers.contains_key("grpc-encoding");
+    let hidden = || packed() || (has(b"\\u") && has(b"\"parameters\""));
     has(b"sequence_id") || hidden()
 }
 
@@ -375,6 +415,7 @@ mod tests {
             ("POST", "/v1/embeddings", ModelIn::JsonBody),
             ("POST", "/v1/chat/completions", ModelIn::JsonBody),
             ("GET", "/v1/models", ModelIn::None),
+            ("GET", "/v1/models/m", model("m")),
         ];
         for (method, path, expected) in rows {
             assert_eq!(parsed(method, path, false).map(|call| call.model), Ok(expected), "{method} {path}");
@@ -448,6 +489,32 @@ mod tests {
         assert!(model_in_message(&message(0, b"\x0f")).is_err(), "no such wire type");
         assert!(model_in_message(&message(0, &[0x80; 20])).is_err(), "an endless number");
         assert!(model_in_message(&message(0, b"\x12\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")).is_err());
+    }
+
+    #[test]
+    fn a_compressed_message_is_read_within_its_bound() {
+        let packed = |bytes: &[u8]| {
+            let mut packed = Vec::new();
+            flate2::read::GzEncoder::new(bytes, flate2::Compression::fast()).read_to_end(&mut packed).expect("memory");
+            message(1, &packed)
+        };
+        let head = |encoding: &'static str| {
+            let mut head = HeaderMap::new();
+            head.insert("grpc-encoding", HeaderValue::from_static(encoding));
+            head
+        };
+        let named = b"\x0a\x01m\x12\x011";
+        let body = packed(named);
+        assert_eq!(plain(&head("gzip"), &body).expect("sound").as_deref(), Some(&*message(0, named)));
+        for at in 5..body.len() {
+            assert_eq!(plain(&head("gzip"), &body[..at]), Ok(None), "{at} bytes");
+        }
+        assert_eq!(plain(&head("gzip"), &message(0, named)).expect("sound").as_deref(), Some(&*message(0, named)));
+        assert!(plain(&head("zstd"), &body).is_err() && plain(&HeaderMap::new(), &body).is_err());
+        assert!(plain(&head("deflate"), &body).is_err(), "another compression than its head says");
+        let bomb = packed(&vec![0; INFLATED_MAX as usize + 1]);
+        assert!(bomb.len() < 64 << 10);
+        assert_eq!(plain(&head("gzip"), &bomb), Err(Error::OversizeBody));
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //!
 //! `ARCHITECTURE.md` beside this crate is the map. [`request`] is the page to open first.
 
+#![forbid(unsafe_code)]
+
 pub mod config;
 
 mod app;

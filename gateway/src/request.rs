@@ -104,7 +104,7 @@ async fn answer(
         permission(snapshot, &caller, &location, Some(name), call.version.as_deref())?;
     }
     let incoming = body.take().ok_or(Error::Internal)?;
-    let (body, named) = body::receive(incoming, &call, limits).await?;
+    let (body, named) = body::receive(&head.headers, incoming, &call, limits).await?;
     let name = named.as_ref().map(|(name, _)| &**name);
     let version = named.as_ref().and_then(|(_, version)| version.as_deref());
     let (model, permitted) = permission(snapshot, &caller, &location, name, version)?;

@@ -12,6 +12,8 @@
 //! [`course`] makes attempts of it: [`stall`] says when to doubt that an answer will come, [`retry`] and [`budget`] whether
 //! to try again, [`poison`] what is not tried at all, [`queue`] how to wait for room.
 
+#![forbid(unsafe_code)]
+
 pub mod geo;
 
 pub mod region;

@@ -1,5 +1,7 @@
 //! What gateway and worker share of telemetry: OTLP set-up, W3C trace context, and JSON log lines.
 
+#![forbid(unsafe_code)]
+
 pub mod log;
 
 pub mod trace;
