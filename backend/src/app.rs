@@ -1,55 +1,46 @@
 //! The composition root of the worker: models, their threads, the API, and the end.
 
-use std::collections::BTreeMap;
 use std::future::IntoFuture;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
+use axum::http::HeaderValue;
 use isochrone_telemetry::log::Log;
 use opentelemetry::KeyValue;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Semaphore;
 
-use crate::model::{self, Found};
-use crate::runner::{Bounds, Runner};
-use crate::runtime::torch;
-use crate::text::Tokenizer;
-use crate::{Serve, api};
+use crate::control::OperatorKey;
+use crate::repository::{Options, Repository};
+use crate::runtime::{processor, torch};
+use crate::statistics::Utilisation;
+use crate::{Compute, Serve, api, grpc};
 
 /// What all requests share.
 pub(crate) struct State {
-    pub(crate) region: axum::http::HeaderValue,
-    /// By name, then by version.
-    pub(crate) models: BTreeMap<String, BTreeMap<u64, Arc<Loaded>>>,
+    pub(crate) region: HeaderValue,
+    pub(crate) repository: Repository,
+    pub(crate) operator: Option<OperatorKey>,
     pub(crate) log: Log,
     pub(crate) ready: AtomicBool,
     pub(crate) max_body: usize,
-    pub(crate) in_flight_max: usize,
+    /// One for each request in flight, whatever its protocol.
+    pub(crate) places: Arc<Semaphore>,
+    pub(crate) utilisation: Utilisation,
+    /// Whether the models compute on a GPU.
+    pub(crate) gpu: bool,
 }
 
-/// A model that can compute.
-pub(crate) struct Loaded {
-    pub(crate) found: Found,
-    pub(crate) tokenizer: Option<Tokenizer>,
-    pub(crate) runner: Runner,
-    /// Requests that were answered, by success.
-    pub(crate) succeeded: AtomicU64,
-    pub(crate) failed: AtomicU64,
-    pub(crate) computed_us: AtomicU64,
-    pub(crate) queued_us: AtomicU64,
-    pub(crate) version_header: axum::http::HeaderValue,
-    pub(crate) digest_header: axum::http::HeaderValue,
-}
-
-impl State {
-    /// A model by name and version, the newest where no version is asked for.
-    pub(crate) fn model(&self, name: &str, version: Option<&str>) -> Option<&Arc<Loaded>> {
-        let versions = self.models.get(name)?;
-        match version {
-            Some(version) => versions.get(&version.parse().ok()?),
-            None => versions.last_key_value().map(|(_, loaded)| loaded),
-        }
-    }
+/// Finds the device and decides how it is computed on.
+///
+/// # Errors
+/// The device is not there.
+pub(crate) fn options(compute: &Compute, queue: usize) -> Result<Options, String> {
+    processor::fast_matrices(!compute.no_fast_matrices);
+    let placed = torch::place(compute.device)?;
+    Ok(Options { queue: queue.max(1), threads: compute.threads.clamp(1, 256), placed })
 }
 
 /// Serves until SIGTERM or SIGINT.
@@ -58,15 +49,12 @@ impl State {
 /// What keeps it from starting, or ended it, each in a line for the operator.
 pub(crate) fn serve(settings: &Serve) -> Result<(), Vec<String>> {
     let one = |error: String| vec![error];
-    let region =
-        axum::http::HeaderValue::try_from(&settings.region).map_err(|_| one("--region is not a name".into()))?;
-    let found = model::scan(&settings.models)
-        .map_err(|problems| problems.iter().map(ToString::to_string).collect::<Vec<_>>())?;
-    torch::set_threads(settings.threads.max(1));
+    let region = HeaderValue::try_from(&settings.region).map_err(|_| one("--region is not a name".into()))?;
+    let operator = settings.operator_key.as_deref().map(OperatorKey::read).transpose().map_err(one)?;
     let log = Log::start(1);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| one(error.to_string()))?;
-    let ended = runtime.block_on(run(settings, region, found, log.clone()));
+    let ended = runtime.block_on(run(settings, region, operator, log.clone()));
     runtime.shutdown_timeout(Duration::from_secs(1));
     log.end();
     ended
@@ -74,8 +62,8 @@ pub(crate) fn serve(settings: &Serve) -> Result<(), Vec<String>> {
 
 async fn run(
     settings: &Serve,
-    region: axum::http::HeaderValue,
-    found: Vec<Found>,
+    region: HeaderValue,
+    operator: Option<OperatorKey>,
     log: Log,
 ) -> Result<(), Vec<String>> {
     let one = |error: String| vec![error];
@@ -91,81 +79,75 @@ async fn run(
     )
     .map_err(one)?;
 
-    let bounds = Bounds { queue: settings.queue.max(1), batch_rows: settings.batch_rows.max(1) };
-    let mut models: BTreeMap<String, BTreeMap<u64, Arc<Loaded>>> = BTreeMap::new();
-    let mut problems = Vec::new();
-    for found in found {
-        let directory = found.directory.clone();
-        match load(found, bounds) {
-            Ok(loaded) => {
-                tracing::info!(
-                    model = loaded.found.name,
-                    version = loaded.found.version,
-                    digest = loaded.found.digest,
-                    "model loaded"
-                );
-                let version = loaded.found.version.parse().unwrap_or_default();
-                models.entry(loaded.found.name.clone()).or_default().insert(version, Arc::new(loaded));
-            }
-            Err(error) => problems.push(format!("{}: {error}", directory.display())),
-        }
-    }
-    if !problems.is_empty() {
-        return Err(problems);
-    }
-
-    let listener = tokio::net::TcpListener::bind(settings.listen)
-        .await
-        .map_err(|error| one(format!("cannot listen on {}: {error}; `ss -ltnp` shows who does", settings.listen)))?;
+    let options = options(&settings.compute, settings.queue).map_err(one)?;
+    let repository = Repository::open(settings.models.clone(), options)?;
     let state = Arc::new(State {
         region,
-        models,
+        repository,
+        operator,
         log,
         ready: AtomicBool::new(true),
         max_body: settings.max_body,
-        in_flight_max: settings.in_flight.max(1),
+        places: Arc::new(Semaphore::new(settings.in_flight.clamp(1, Semaphore::MAX_PERMITS))),
+        utilisation: Utilisation::default(),
+        gpu: options.placed.is_gpu(),
     });
-    tracing::info!(address = %settings.listen, region = settings.region, threads = settings.threads, "serving");
+    // Opened after the models are loaded: who can connect is served.
+    let listener = listen(settings.listen).await.map_err(one)?;
+    let grpc = match settings.grpc_listen {
+        Some(address) => {
+            Some((listen(address).await.map_err(one)?, grpc::router(Arc::clone(&state)).await.map_err(one)?))
+        }
+        None => None,
+    };
+    tracing::info!(
+        address = %settings.listen,
+        grpc = settings.grpc_listen.map(|address| address.to_string()),
+        region = settings.region,
+        threads = settings.compute.threads,
+        gpu = state.gpu,
+        "serving"
+    );
 
     let (mut terminate, mut interrupt) = match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
         (Ok(terminate), Ok(interrupt)) => (terminate, interrupt),
         _ => return Err(one("no signal handlers".into())),
     };
-    let (leave, left) = tokio::sync::oneshot::channel::<()>();
-    let server = axum::serve(listener, api::router(Arc::clone(&state))).with_graceful_shutdown(async move {
-        // A dropped sender means leaving too.
-        let _ = left.await;
-    });
-    let server = tokio::spawn(server.into_future());
+    let (leave, left) = tokio::sync::watch::channel(());
+    let until_leaving = || {
+        let mut left = left.clone();
+        async move {
+            // A dropped sender means leaving too.
+            let _ = left.changed().await;
+        }
+    };
+    let mut servers = tokio::task::JoinSet::new();
+    let router = api::router(Arc::clone(&state));
+    servers.spawn(axum::serve(listener, router).with_graceful_shutdown(until_leaving()).into_future());
+    let mut health = None;
+    if let Some((listener, (router, reporter))) = grpc {
+        servers.spawn(axum::serve(listener, router).with_graceful_shutdown(until_leaving()).into_future());
+        health = Some(reporter);
+    }
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
     // Not ready first: gateways look away before connections are refused.
     state.ready.store(false, Relaxed);
+    if let Some(health) = &health {
+        health.leave().await;
+    }
     tracing::info!(lame_duck_ms = settings.lame_duck.as_millis(), grace_ms = settings.grace.as_millis(), "leaving");
     tokio::time::sleep(settings.lame_duck).await;
     drop(leave);
-    let drained = tokio::time::timeout(settings.grace, server).await.is_ok();
+    let ended = async { while servers.join_next().await.is_some() {} };
+    let drained = tokio::time::timeout(settings.grace, ended).await.is_ok();
     tracing::info!(drained, "stopped");
     tokio::task::spawn_blocking(move || drop(telemetry)).await.map_err(|error| one(error.to_string()))
 }
 
-fn load(found: Found, bounds: Bounds) -> Result<Loaded, String> {
-    let tokenizer = Tokenizer::of(&found)?;
-    let header = |text: &str| axum::http::HeaderValue::try_from(text).map_err(|error| error.to_string());
-    let (version_header, digest_header) = (header(&found.version)?, header(&found.digest)?);
-    let model = found.clone();
-    let runner = Runner::start(&found.name, bounds, move || torch::load(&model))?;
-    Ok(Loaded {
-        found,
-        tokenizer,
-        runner,
-        succeeded: AtomicU64::new(0),
-        failed: AtomicU64::new(0),
-        computed_us: AtomicU64::new(0),
-        queued_us: AtomicU64::new(0),
-        version_header,
-        digest_header,
-    })
+async fn listen(address: std::net::SocketAddr) -> Result<TcpListener, String> {
+    let listener = TcpListener::bind(address).await;
+    listener.map_err(|error| format!("cannot listen on {address}: {error}; `ss -ltnp` shows who does"))
 }

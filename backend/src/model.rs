@@ -2,11 +2,12 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use crate::tensor::Datatype;
+use crate::tensor::{Datatype, element_count};
 
 /// `model.toml`: what the model takes and gives. The worker refuses a request that does not match.
 #[derive(Clone, Debug, Deserialize)]
@@ -21,10 +22,86 @@ pub(crate) struct Spec {
     pub(crate) max_tokens: Option<usize>,
     /// TorchScript: a method without arguments to be called before each request, for modules that keep state.
     pub(crate) before_each: Option<String>,
+    /// Sentence encoders: the numbers that are computed with.
+    #[serde(default)]
+    pub(crate) precision: Precision,
+    /// How many copies of the model compute at once, each on its own thread.
+    #[serde(default = "one")]
+    pub(crate) instances: usize,
+    /// Threads within one operation of an instance; the worker's `--threads` if it is not said.
+    pub(crate) threads: Option<usize>,
+    /// What is computed together; one request at a time if it is not said, but for sentence encoders.
+    #[serde(default)]
+    pub(crate) batching: Option<Batching>,
+    /// Shapes for which each instance computes once before it serves, so that no client pays for a first pass.
+    #[serde(default)]
+    pub(crate) warm_up: Vec<WarmUp>,
     /// In the order of the module's arguments.
     pub(crate) inputs: Vec<TensorSpec>,
     /// In the order of what it returns.
     pub(crate) outputs: Vec<TensorSpec>,
+}
+
+fn one() -> usize {
+    1
+}
+
+/// `[batching]`
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Batching {
+    /// Rows that are computed together at most; 1 turns batching off. TorchScript: sizes along the first dimension.
+    pub(crate) max_batch_size: usize,
+    /// How long the first request of a batch waits for others. What waits already goes along without that.
+    #[serde(default, deserialize_with = "duration")]
+    pub(crate) max_queue_delay: Duration,
+    /// Sentence encoders: tokens that are computed together at most, so that no short text waits behind many long ones.
+    #[serde(default = "tokens_together")]
+    pub(crate) max_batch_tokens: usize,
+}
+
+/// Beyond about two thousand tokens a CPU computes no faster for each; then they only wait for each other.
+fn tokens_together() -> usize {
+    2048
+}
+
+fn duration<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let longest = Duration::from_secs(60);
+    match humantime::parse_duration(&text) {
+        Ok(duration) if duration <= longest => Ok(duration),
+        Ok(_) => Err(serde::de::Error::custom("it is longer than 60s")),
+        Err(error) => Err(serde::de::Error::custom(format!("{error}; a duration is written \"5ms\""))),
+    }
+}
+
+/// `[[warm_up]]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WarmUp {
+    /// TorchScript: one shape for each input. Sentence encoders: one, of rows and tokens.
+    pub(crate) shapes: Vec<Vec<i64>>,
+}
+
+/// What a sentence encoder computes with.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Precision {
+    /// As published.
+    #[default]
+    F32,
+    /// Weights and activations in bfloat16: about twice as fast where the processor has it, cosine > 0.999 to f32.
+    Bf16,
+}
+
+impl Precision {
+    /// The word for it in `model.toml` and metadata.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        }
+    }
 }
 
 /// How a model's files are to be read.
@@ -52,6 +129,16 @@ pub(crate) struct TensorSpec {
     pub(crate) scalar: bool,
 }
 
+impl Spec {
+    /// What is computed together.
+    pub(crate) fn batching(&self) -> Batching {
+        let together = if self.kind == Kind::SentenceEncoder { 32 } else { 1 };
+        let default =
+            Batching { max_batch_size: together, max_queue_delay: Duration::ZERO, max_batch_tokens: tokens_together() };
+        self.batching.unwrap_or(default)
+    }
+}
+
 /// A model on disk.
 #[derive(Clone, Debug)]
 pub(crate) struct Found {
@@ -63,8 +150,11 @@ pub(crate) struct Found {
     pub(crate) directory: PathBuf,
     /// What it says of itself.
     pub(crate) spec: Spec,
-    /// SHA-256 over the files that decide what it computes: two models with equal digests give equal vectors.
+    /// SHA-256 over what decides its answers, weights, tokenizer and precision among it: two models with equal digests
+    /// give equal vectors.
     pub(crate) digest: String,
+    /// SHA-256 of `model.toml` as it is: how it is served may change without what it answers.
+    pub(crate) settings: String,
 }
 
 /// A model directory that cannot be served.
@@ -99,26 +189,40 @@ fn problem(file: &Path, message: impl Into<String>) -> Problem {
 pub(crate) fn scan(directory: &Path) -> Result<Vec<Found>, Vec<Problem>> {
     let mut found = Vec::new();
     let mut problems = Vec::new();
-    for name in subdirectories(directory).map_err(|problem| vec![problem])? {
-        match subdirectories(&directory.join(&name)) {
-            Ok(versions) => {
-                if versions.is_empty() {
-                    problems.push(problem(&directory.join(&name), "no version: the model's files belong into NAME/1/"));
-                }
-                for version in versions {
-                    match read(&name, &version, directory.join(&name).join(&version)) {
-                        Ok(model) => found.push(model),
-                        Err(problem) => problems.push(problem),
-                    }
-                }
-            }
-            Err(problem) => problems.push(problem),
+    for name in names(directory).map_err(|problem| vec![problem])? {
+        match versions(directory, &name) {
+            Ok(models) => found.extend(models),
+            Err(more) => problems.extend(more),
         }
     }
     if found.is_empty() && problems.is_empty() {
         problems.push(problem(directory, "there is no model here: NAME/VERSION/model.toml is expected"));
     }
     if problems.is_empty() { Ok(found) } else { Err(problems) }
+}
+
+/// The names of the models below `directory`.
+///
+/// # Errors
+/// It cannot be read.
+pub(crate) fn names(directory: &Path) -> Result<Vec<String>, Problem> {
+    subdirectories(directory)
+}
+
+/// Every version of one model.
+///
+/// # Errors
+/// All problems at once.
+pub(crate) fn versions(directory: &Path, name: &str) -> Result<Vec<Found>, Vec<Problem>> {
+    let home = directory.join(name);
+    let versions = subdirectories(&home).map_err(|problem| vec![problem])?;
+    if versions.is_empty() {
+        return Err(vec![problem(&home, "no version: the model's files belong into NAME/1/")]);
+    }
+    let (found, problems): (Vec<_>, Vec<_>) =
+        versions.iter().map(|version| read(name, version, home.join(version))).partition(Result::is_ok);
+    let problems: Vec<Problem> = problems.into_iter().filter_map(Result::err).collect();
+    if problems.is_empty() { Ok(found.into_iter().filter_map(Result::ok).collect()) } else { Err(problems) }
 }
 
 fn subdirectories(directory: &Path) -> Result<Vec<String>, Problem> {
@@ -150,8 +254,9 @@ fn read(name: &str, version: &str, directory: PathBuf) -> Result<Found, Problem>
         }
     })?;
     check(&spec).map_err(|message| problem(&file, message))?;
-    let digest = digest(&directory, spec.kind)?;
-    Ok(Found { name: name.into(), version: version.into(), directory, spec, digest })
+    let digest = digest(&directory, &spec)?;
+    let settings = hex(&Sha256::digest(&text));
+    Ok(Found { name: name.into(), version: version.into(), directory, spec, digest, settings })
 }
 
 fn check(spec: &Spec) -> Result<(), String> {
@@ -161,6 +266,21 @@ fn check(spec: &Spec) -> Result<(), String> {
     if spec.inputs.iter().chain(&spec.outputs).any(|tensor| tensor.shape.iter().any(|&size| size < -1)) {
         return Err("a size is -1 (any), 0 or more".into());
     }
+    if !(1..=64).contains(&spec.instances) || spec.threads.is_some_and(|threads| !(1..=256).contains(&threads)) {
+        return Err("instances are from 1 to 64, threads from 1 to 256".into());
+    }
+    let batching = spec.batching();
+    if batching.max_batch_size == 0 || batching.max_batch_tokens == 0 {
+        return Err("[batching]: max_batch_size and max_batch_tokens are at least 1; 1 turns batching off".into());
+    }
+    for (at, warm_up) in spec.warm_up.iter().enumerate() {
+        let sizes = warm_up.shapes.iter().flatten();
+        if sizes.clone().any(|size| !(0..=1 << 20).contains(size))
+            || element_count(&sizes.copied().collect::<Vec<_>>()).is_none()
+        {
+            return Err(format!("[[warm_up]] {}: sizes are from 0 to 1048576", at + 1));
+        }
+    }
     match spec.kind {
         Kind::SentenceEncoder => {
             if spec.inputs.len() != 1 || spec.inputs[0].datatype != Datatype::Bytes || spec.outputs.len() != 1 {
@@ -169,10 +289,41 @@ fn check(spec: &Spec) -> Result<(), String> {
             if spec.max_tokens.is_none_or(|most| most < 3) {
                 return Err("a sentence-encoder needs max_tokens, at least 3".into());
             }
+            if spec.outputs[0].datatype != Datatype::Fp32 {
+                return Err("a sentence-encoder's output is FP32, whatever it computes with".into());
+            }
+            if spec.before_each.is_some() {
+                return Err("before_each is for TorchScript".into());
+            }
+            if spec.warm_up.iter().any(|warm_up| !matches!(warm_up.shapes.as_slice(), [shape] if shape.len() == 2)) {
+                return Err("[[warm_up]]: a sentence-encoder's is one shape, of rows and tokens".into());
+            }
         }
         Kind::Torchscript => {
-            if spec.inputs.iter().any(|input| input.datatype == Datatype::Bytes) {
-                return Err("a TorchScript module takes no BYTES".into());
+            let held = |tensor: &TensorSpec| {
+                !matches!(tensor.datatype, Datatype::Bytes | Datatype::Uint16 | Datatype::Uint32 | Datatype::Uint64)
+            };
+            if let Some(tensor) = spec.inputs.iter().chain(&spec.outputs).find(|tensor| !held(tensor)) {
+                return Err(format!("`{}`: a TorchScript module takes and gives no {}", tensor.name, tensor.datatype));
+            }
+            if spec.max_tokens.is_some() || spec.precision != Precision::F32 {
+                return Err(
+                    "max_tokens and precision are for sentence encoders; a TorchScript module has its own".into()
+                );
+            }
+            if batching.max_batch_size > 1 {
+                let along_rows = |tensor: &TensorSpec| tensor.shape.first() == Some(&-1) && !tensor.scalar;
+                if !spec.inputs.iter().chain(&spec.outputs).all(along_rows) {
+                    return Err(
+                        "[batching]: every input and output must have -1 as its first size, and none be scalar".into(),
+                    );
+                }
+                if spec.before_each.is_some() {
+                    return Err("[batching]: a module that keeps state (before_each) is not batched".into());
+                }
+            }
+            if spec.warm_up.iter().any(|warm_up| warm_up.shapes.len() != spec.inputs.len()) {
+                return Err("[[warm_up]]: there is one shape for each input".into());
             }
             if spec.inputs.iter().any(|input| input.scalar && input.datatype != Datatype::Int64) {
                 return Err("a scalar input is INT64".into());
@@ -182,10 +333,10 @@ fn check(spec: &Spec) -> Result<(), String> {
     Ok(())
 }
 
-fn digest(directory: &Path, kind: Kind) -> Result<String, Problem> {
-    let files: &[&str] = match kind {
-        Kind::SentenceEncoder => &["model.safetensors", "config.json", "tokenizer.json", "model.toml"],
-        Kind::Torchscript => &["model.pt", "model.toml"],
+fn digest(directory: &Path, spec: &Spec) -> Result<String, Problem> {
+    let files: &[&str] = match spec.kind {
+        Kind::SentenceEncoder => &["model.safetensors", "config.json", "tokenizer.json"],
+        Kind::Torchscript => &["model.pt"],
     };
     let mut digest = Sha256::new();
     for name in files {
@@ -193,5 +344,68 @@ fn digest(directory: &Path, kind: Kind) -> Result<String, Problem> {
         let bytes = std::fs::read(&path).map_err(|error| problem(&path, error.to_string()))?;
         digest.update(Sha256::digest(bytes));
     }
-    Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    // Of model.toml only what an answer depends on: regions may batch differently and still give the same vectors.
+    let Spec { kind, precision, max_tokens, before_each, inputs, outputs, .. } = spec;
+    digest.update(format!("{kind:?} {precision:?} {max_tokens:?} {before_each:?} {inputs:?} {outputs:?}"));
+    Ok(hex(&digest.finalize()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TINY: &str = r#"
+kind = "torchscript"
+[[inputs]]
+name = "x"
+datatype = "FP32"
+shape = [-1, 8]
+[[outputs]]
+name = "y"
+datatype = "FP32"
+shape = [-1, 4]
+"#;
+
+    fn parsed(head: &str, tail: &str) -> Result<Spec, String> {
+        let spec: Spec = toml::from_str(&format!("{head}{TINY}{tail}")).map_err(|error| error.to_string())?;
+        check(&spec).map(|()| spec)
+    }
+
+    #[test]
+    fn what_cannot_be_served_is_refused_with_the_reason() {
+        assert!(parsed("", "").is_ok());
+        for (head, tail, reason) in [
+            ("instances = 0\n", "", "instances"),
+            ("threads = 1000\n", "", "threads"),
+            ("precision = \"bf16\"\n", "", "precision"),
+            ("precision = \"int8\"\n", "", "int8"),
+            ("max_tokens = 9\n", "", "max_tokens"),
+            ("", "[batching]\nmax_batch_size = 0\n", "max_batch_size"),
+            ("", "[batching]\nmax_batch_size = 8\nmax_queue_delay = 5\n", "max_queue_delay"),
+            ("", "[batching]\nmax_batch_size = 8\nmax_queue_delay = \"5\"\n", "a duration is written"),
+            ("", "[batching]\nmax_batch_size = 8\nmax_queue_delay = \"5h\"\n", "60s"),
+            ("before_each = \"reset\"\n", "[batching]\nmax_batch_size = 8\n", "before_each"),
+            ("", "[[inputs]]\nname = \"z\"\ndatatype = \"INT64\"\nshape = [1]\n[batching]\nmax_batch_size = 8\n", "-1"),
+            ("", "[[inputs]]\nname = \"z\"\ndatatype = \"UINT16\"\nshape = [1]\n", "UINT16"),
+            ("", "[[inputs]]\nname = \"z\"\ndatatype = \"BYTES\"\nshape = [1]\n", "BYTES"),
+            ("", "[[inputs]]\nname = \"z\"\ndatatype = \"FP32\"\nshape = [-2]\n", "size"),
+            ("", "[[warm_up]]\nshapes = []\n", "one shape for each input"),
+            ("", "[[warm_up]]\nshapes = [[9999999999, 8]]\n", "sizes"),
+            ("", "[batchin]\nmax_batch_size = 8\n", "batchin"),
+        ] {
+            let refused = parsed(head, tail).map(|_| ()).expect_err(tail);
+            assert!(refused.contains(reason), "{head}{tail}: {refused}");
+        }
+    }
+
+    #[test]
+    fn texts_are_batched_unless_said_otherwise_and_modules_are_not() {
+        assert_eq!(parsed("", "").expect("valid").batching().max_batch_size, 1);
+        let batched = parsed("", "[batching]\nmax_batch_size = 8\nmax_queue_delay = \"2ms\"\n").expect("valid");
+        assert_eq!(batched.batching().max_queue_delay, Duration::from_millis(2));
+    }
 }

@@ -2,15 +2,27 @@
 
 pub(crate) mod torch;
 
+mod encoder;
+
+pub(crate) mod processor;
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
 use crate::tensor::Tensor;
 
 /// The inputs of one request.
 #[derive(Clone, Debug)]
 pub(crate) enum Input {
-    /// Token ids, one row for each text.
+    /// Token ids, one row for each text, none empty.
     Tokens(Vec<Vec<u32>>),
-    /// Tensors in the order of the model's inputs.
-    Tensors(Vec<Tensor>),
+    /// Tensors in the order of the model's inputs. `rows` is the size along the first dimension, which they share where
+    /// the model is batched, else 1.
+    Tensors {
+        /// The tensors.
+        tensors: Vec<Tensor>,
+        /// How many rows they are.
+        rows: usize,
+    },
 }
 
 impl Input {
@@ -18,7 +30,27 @@ impl Input {
     pub(crate) fn rows(&self) -> usize {
         match self {
             Input::Tokens(rows) => rows.len(),
-            Input::Tensors(_) => 1,
+            Input::Tensors { rows, .. } => *rows,
+        }
+    }
+
+    /// What it costs to compute: tokens, else rows.
+    pub(crate) fn cost(&self) -> usize {
+        match self {
+            Input::Tokens(rows) => rows.iter().map(Vec::len).sum(),
+            Input::Tensors { rows, .. } => *rows,
+        }
+    }
+
+    /// Equal for inputs that can be computed together.
+    pub(crate) fn class(&self) -> u64 {
+        match self {
+            Input::Tokens(_) => 0,
+            Input::Tensors { tensors, .. } => {
+                let mut hasher = DefaultHasher::new();
+                tensors.iter().for_each(|tensor| tensor.shape.get(1..).hash(&mut hasher));
+                hasher.finish()
+            }
         }
     }
 }

@@ -25,6 +25,7 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from secrets import token_urlsafe
 from typing import Callable, NamedTuple
 
 HERE = Path(__file__).resolve().parent
@@ -35,6 +36,8 @@ LOG = LOCAL / "log"  # logs of the tools that install and build
 TMP = LOCAL / "tmp"  # unfinished things; on the same file system, so that a rename completes them
 BIN = (ROOT / "target" / "release").resolve()
 TENANTS = ("demo", "demo-eu")
+PYTHON = "%d.%d" % sys.version_info[:2]
+OPERATOR_KEY = LOCAL / "keys" / "operator"
 
 
 # ---- Talking to the person, and being stopped ---------------------------------------------------------------
@@ -267,6 +270,8 @@ def items(test=False):
     if test:
         yield Item("silero", LOCAL / "test", pins("silero", 1), "silero_vad.jit",
                    "Silero VAD, a published TorchScript module, 2 MB to download", make_silero)
+        yield Item("clients", LOCAL / "clients", pins("clients", 1, f"python {PYTHON} {arch}"), "tritonclient",
+                   "client libraries of Triton, OpenAI, LangChain and Locust, 61 MB to download", make_clients)
 
 
 def prerequisites(build):
@@ -397,6 +402,14 @@ def make_silero(progress, scratch, new):
             pour(progress, source, new / "silero_vad.jit")
 
 
+def make_clients(progress, scratch, new):
+    if sys.version_info < (3, 11):
+        raise Failure(f"clients: the client libraries need Python 3.11 or newer, this one is {PYTHON}")
+    for wheel in wheels(progress, "clients", scratch):
+        with wheel:
+            wheel.extractall(new)
+
+
 def make_geoip(progress, scratch, new):
     def remedy():
         # The publisher keeps few versions: an old one may be gone for good.
@@ -496,6 +509,9 @@ def secrets():
             write(key, made["key"] + "\n", 0o600)
             write(key_hash, made["hash"] + "\n")
             say(f"key: a new one for the tenant {tenant} in {shown(key)}")
+    if not OPERATOR_KEY.exists():
+        write(OPERATOR_KEY, token_urlsafe(32) + "\n", 0o600)
+        say(f"key: a new one for who loads and unloads models at the workers, in {shown(OPERATOR_KEY)}")
 
 
 # ---- Processes ----------------------------------------------------------------------------------------------
@@ -511,9 +527,12 @@ class Process(NamedTuple):
 
 
 def worker(region, port):
+    grpc = port + 10
     args = ("serve", "--models", ".local/models", "--region", region, "--listen", f"127.0.0.1:{port}",
+            "--grpc-listen", f"127.0.0.1:{grpc}", "--operator-key", shown(OPERATOR_KEY),
             "--otlp", "http://127.0.0.1:4317")
-    return Process(region, "isochrone-backend", args, ((port, "HTTP"),), (port, "/v2/health/ready"), region)
+    ports = ((port, "HTTP"), (grpc, "gRPC"))
+    return Process(region, "isochrone-backend", args, ports, (port, "/v2/health/ready"), region)
 
 
 VIEWER = Process(

@@ -1,29 +1,35 @@
-//! The Open Inference Protocol v2 over HTTP, in JSON
+//! The Open Inference Protocol v2 over HTTP, in JSON and with binary tensors
 //! (<https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md>).
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Extension, Path, State as Shared};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header::CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use super::error::{Dialect, Error};
-use super::{RequestSpan, identify, run, tokens};
-use crate::app::{Loaded, State};
-use crate::model::{Kind, TensorSpec};
-use crate::runtime::Input;
-use crate::tensor::{Data, Datatype, Tensor, element_count};
+use super::{RequestSpan, envelope, identify, is_ready, timeout};
+use crate::app::State;
+use crate::describe;
+use crate::error::{Dialect, Error};
+use crate::infer::{self, Given};
+use crate::model::TensorSpec;
+use crate::repository::Loaded;
+use crate::tensor::{self, Tensor};
+
+const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
 
 pub(crate) async fn server() -> Json<Value> {
-    Json(json!({ "name": "isochrone-backend", "version": env!("CARGO_PKG_VERSION"), "extensions": [] }))
+    let version = env!("CARGO_PKG_VERSION");
+    Json(json!({ "name": describe::NAME, "version": version, "extensions": describe::EXTENSIONS }))
 }
 
 pub(crate) async fn live() -> Json<Value> {
@@ -31,68 +37,89 @@ pub(crate) async fn live() -> Json<Value> {
 }
 
 pub(crate) async fn ready(Shared(state): Shared<Arc<State>>) -> (StatusCode, Json<Value>) {
-    let ready = state.ready.load(Relaxed);
+    let ready = is_ready(&state);
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(json!({ "ready": ready })))
 }
 
-pub(crate) async fn model_ready(state: Shared<Arc<State>>, Path(model): Path<String>) -> Result<Json<Value>, Error> {
-    is_ready(&state, &model, None)
+/// The model and version of a path.
+type Named = Path<(String, String)>;
+
+pub(crate) async fn model_ready(state: Shared<Arc<State>>, Path(model): Path<String>) -> Result<Response, Error> {
+    ready_of(&state, &model, None)
 }
 
-pub(crate) async fn model_ready_of_version(
-    state: Shared<Arc<State>>,
-    Path((model, version)): Path<(String, String)>,
-) -> Result<Json<Value>, Error> {
-    is_ready(&state, &model, Some(&version))
+pub(crate) async fn model_ready_of_version(state: Shared<Arc<State>>, path: Named) -> Result<Response, Error> {
+    ready_of(&state, &path.0.0, Some(&path.0.1))
 }
 
-fn is_ready(state: &State, model: &str, version: Option<&str>) -> Result<Json<Value>, Error> {
+fn ready_of(state: &State, model: &str, version: Option<&str>) -> Result<Response, Error> {
     let loaded = found(state, model, version)?;
-    Ok(Json(json!({ "name": loaded.found.name, "ready": state.ready.load(Relaxed) })))
+    let ready = is_ready(state);
+    // Clients look at the status alone.
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    Ok((status, Json(json!({ "name": loaded.found.name, "ready": ready }))).into_response())
 }
 
 pub(crate) async fn metadata(state: Shared<Arc<State>>, Path(model): Path<String>) -> Result<Response, Error> {
-    describe(&state, &model, None)
+    metadata_of(&state, &model, None)
 }
 
-pub(crate) async fn metadata_of_version(
-    state: Shared<Arc<State>>,
-    Path((model, version)): Path<(String, String)>,
-) -> Result<Response, Error> {
-    describe(&state, &model, Some(&version))
+pub(crate) async fn metadata_of_version(state: Shared<Arc<State>>, path: Named) -> Result<Response, Error> {
+    metadata_of(&state, &path.0.0, Some(&path.0.1))
 }
 
-fn describe(state: &State, model: &str, version: Option<&str>) -> Result<Response, Error> {
+fn metadata_of(state: &State, model: &str, version: Option<&str>) -> Result<Response, Error> {
     let loaded = found(state, model, version)?;
     let tensors = |specs: &[TensorSpec]| -> Vec<Value> {
         let one = |spec: &TensorSpec| json!({ "name": spec.name, "datatype": spec.datatype, "shape": spec.shape });
         specs.iter().map(one).collect()
     };
-    let versions = state.models.get(model).map(|versions| versions.keys().map(u64::to_string).collect::<Vec<_>>());
+    let spec = &loaded.found.spec;
+    let mut parameters = json!(describe::properties(state, &loaded));
+    parameters["deterministic"] = json!(spec.deterministic);
     let mut response = Json(json!({
         "name": loaded.found.name,
-        "versions": versions,
-        "platform": match loaded.found.spec.kind {
-            Kind::SentenceEncoder => "isochrone_sentence_encoder",
-            Kind::Torchscript => "pytorch_torchscript",
-        },
-        "inputs": tensors(&loaded.found.spec.inputs),
-        "outputs": tensors(&loaded.found.spec.outputs),
-        "parameters": {
-            "version": loaded.found.version,
-            "digest": loaded.found.digest,
-            "deterministic": loaded.found.spec.deterministic,
-            "region": state.region.to_str().unwrap_or_default(),
-        },
+        "versions": describe::versions(state, model),
+        "platform": describe::platform(spec),
+        "inputs": tensors(&spec.inputs),
+        "outputs": tensors(&spec.outputs),
+        "parameters": parameters,
     }))
     .into_response();
-    identify(&mut response, loaded);
+    identify(&mut response, &loaded);
     Ok(response)
 }
 
-fn found<'a>(state: &'a State, model: &str, version: Option<&str>) -> Result<&'a Arc<Loaded>, Error> {
-    state.model(model, version).ok_or_else(|| Error::no_model(Dialect::Oip, model))
+pub(crate) async fn config(state: Shared<Arc<State>>, Path(model): Path<String>) -> Result<Json<Value>, Error> {
+    Ok(Json(describe::config(&*found(&state, &model, None)?, state.gpu)))
+}
+
+pub(crate) async fn config_of_version(state: Shared<Arc<State>>, path: Named) -> Result<Json<Value>, Error> {
+    Ok(Json(describe::config(&*found(&state, &path.0.0, Some(&path.0.1))?, state.gpu)))
+}
+
+pub(crate) async fn all_statistics(state: Shared<Arc<State>>) -> Result<Json<Value>, Error> {
+    statistics_of(&state, None, None)
+}
+
+pub(crate) async fn statistics(state: Shared<Arc<State>>, Path(model): Path<String>) -> Result<Json<Value>, Error> {
+    statistics_of(&state, Some(&model), None)
+}
+
+pub(crate) async fn statistics_of_version(state: Shared<Arc<State>>, path: Named) -> Result<Json<Value>, Error> {
+    statistics_of(&state, Some(&path.0.0), Some(&path.0.1))
+}
+
+fn statistics_of(state: &State, model: Option<&str>, version: Option<&str>) -> Result<Json<Value>, Error> {
+    let counted = describe::counted(state, model, version);
+    let counted = counted.ok_or_else(|| Error::no_model(Dialect::Oip, model.unwrap_or_default(), version))?;
+    let stats: Vec<Value> = counted.iter().map(|loaded| describe::statistics(loaded)).collect();
+    Ok(Json(json!({ "model_stats": stats })))
+}
+
+fn found(state: &State, model: &str, version: Option<&str>) -> Result<Arc<Loaded>, Error> {
+    state.repository.model(model, version).ok_or_else(|| Error::no_model(Dialect::Oip, model, version))
 }
 
 #[derive(Deserialize)]
@@ -103,22 +130,56 @@ struct InferRequest<'a> {
     inputs: Vec<InferInput<'a>>,
     #[serde(borrow, default)]
     outputs: Option<Vec<InferOutput<'a>>>,
+    #[serde(default)]
+    parameters: Option<Parameters>,
+}
+
+/// The parameters that are acted on; others are passed over, as the protocol has it.
+#[derive(Default, Deserialize)]
+struct Parameters {
+    /// Outputs are binary unless one says otherwise.
+    #[serde(default)]
+    binary_data_output: bool,
+    /// Microseconds that the client waits.
+    timeout: Option<u64>,
+    /// A number or a text, whose absence or zero means none.
+    sequence_id: Option<Value>,
 }
 
 #[derive(Deserialize)]
 struct InferInput<'a> {
     #[serde(borrow)]
     name: Cow<'a, str>,
-    shape: Vec<i64>,
-    datatype: Datatype,
+    /// Read with its input's name at hand, for the refusal.
     #[serde(borrow)]
-    data: &'a RawValue,
+    shape: &'a RawValue,
+    #[serde(borrow)]
+    datatype: Cow<'a, str>,
+    #[serde(borrow)]
+    data: Option<&'a RawValue>,
+    #[serde(default)]
+    parameters: Option<InputParameters>,
+}
+
+#[derive(Default, Deserialize)]
+struct InputParameters {
+    binary_data_size: Option<u64>,
+    shared_memory_region: Option<Value>,
 }
 
 #[derive(Deserialize)]
 struct InferOutput<'a> {
     #[serde(borrow)]
     name: Cow<'a, str>,
+    #[serde(default)]
+    parameters: Option<OutputParameters>,
+}
+
+#[derive(Default, Deserialize)]
+struct OutputParameters {
+    binary_data: Option<bool>,
+    classification: Option<Value>,
+    shared_memory_region: Option<Value>,
 }
 
 #[derive(Serialize)]
@@ -127,15 +188,19 @@ struct InferResponse<'a> {
     model_version: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<&'a str>,
+    parameters: BTreeMap<&'static str, &'a str>,
     outputs: Vec<InferResult<'a>>,
 }
 
 #[derive(Serialize)]
 struct InferResult<'a> {
     name: &'a str,
-    datatype: Datatype,
+    datatype: tensor::Datatype,
     shape: &'a [i64],
-    data: &'a Data,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parameters: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<tensor::Json<'a>>,
 }
 
 type Body = Result<Bytes, BytesRejection>;
@@ -152,12 +217,12 @@ pub(crate) async fn infer(
 
 pub(crate) async fn infer_of_version(
     state: Shared<Arc<State>>,
-    Path((model, version)): Path<(String, String)>,
+    path: Named,
     span: Extension<RequestSpan>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Error> {
-    compute(&state, &model, Some(&version), &span, &headers, body).await
+    compute(&state, &path.0.0, Some(&path.0.1), &span, &headers, body).await
 }
 
 async fn compute(
@@ -171,110 +236,95 @@ async fn compute(
     let wrong = |message: String| Error::wrong(Dialect::Oip, message);
     let loaded = found(state, model, version)?;
     let body = body.map_err(|rejection| Error::new(rejection.status(), Dialect::Oip, rejection.body_text()))?;
-    if headers.contains_key("inference-header-content-length") {
-        return Err(wrong("binary tensors are not taken here; send the data as JSON".into()));
-    }
+    let (json, binary) = envelope::part(&body, headers.get(HEADER_LENGTH).map(HeaderValue::as_bytes)).map_err(wrong)?;
     let request: InferRequest<'_> =
-        serde_json::from_slice(&body).map_err(|error| wrong(format!("the body: {error}")))?;
-    let outputs = requested(loaded, request.outputs.as_deref())?;
-    let tensors = matched(loaded, &request.inputs).map_err(wrong)?;
-    let input = match loaded.found.spec.kind {
-        Kind::Torchscript => Input::Tensors(tensors),
-        Kind::SentenceEncoder => {
-            // `matched` has made sure of one BYTES input.
-            let texts = tensors.into_iter().flat_map(|tensor| match tensor.data {
-                Data::Bytes(texts) => texts,
-                _ => Vec::new(),
-            });
-            let name = &loaded.found.spec.inputs[0].name;
-            let rows = tokens(loaded, texts.collect()).await;
-            Input::Tokens(rows.map_err(|error| wrong(format!("input `{name}`: {error}")))?)
-        }
+        serde_json::from_slice(&json).map_err(|error| wrong(format!("the body: {error}")))?;
+    let parameters = request.parameters.unwrap_or_default();
+    if parameters.sequence_id.is_some_and(|id| id != json!(0) && id != json!("")) {
+        return Err(wrong("sequence_id: no model here keeps state between requests".into()));
+    }
+    let asked = request.outputs.unwrap_or_default();
+    let outputs = infer::requested(&loaded, asked.iter().map(|output| &*output.name)).map_err(wrong)?;
+    // `requested` keeps their order, and gives all where none is named.
+    let is_binary = |at: usize| {
+        let said = asked.get(at).and_then(|output| output.parameters.as_ref()?.binary_data);
+        said.unwrap_or(parameters.binary_data_output)
     };
-    let done = run(loaded, input, headers, &span.0).await?;
-    let mut results = Vec::new();
-    for spec in outputs {
-        let tensor = done.outputs.iter().find(|tensor| tensor.name == spec.name);
-        let tensor = tensor
-            .ok_or_else(|| Error::new(StatusCode::INTERNAL_SERVER_ERROR, Dialect::Oip, "an output is missing"))?;
-        let Tensor { name, shape, data } = tensor;
-        if !data.is_finite() {
-            let message = format!("output `{name}` has numbers that are not finite, which JSON cannot say");
-            return Err(Error::new(StatusCode::INTERNAL_SERVER_ERROR, Dialect::Oip, message));
+    for output in &asked {
+        if output.parameters.as_ref().is_some_and(|p| p.classification.is_some() || p.shared_memory_region.is_some()) {
+            return Err(wrong(format!(
+                "output `{:.100}`: neither classes nor shared memory are given here",
+                output.name
+            )));
         }
-        results.push(InferResult { name, datatype: datatype(data), shape, data });
+    }
+    let tensors = read(&loaded, &request.inputs, &binary).map_err(wrong)?;
+    let input = infer::input(&loaded, tensors).await.map_err(wrong)?;
+    let waits = [timeout(headers), parameters.timeout.map(Duration::from_micros)].into_iter().flatten().min();
+    let done = infer::run(&loaded, input, waits, &span.0).await?;
+
+    let (mut results, mut attached) = (Vec::new(), Vec::new());
+    for (at, spec) in outputs.iter().enumerate() {
+        let tensor = infer::output(&done, &spec.name)?;
+        let Tensor { name, datatype, shape, data } = tensor;
+        let binary = is_binary(at);
+        let parameters = binary.then(|| json!({ "binary_data_size": data.len() }));
+        if binary {
+            attached.push(data);
+        }
+        let data = (!binary).then_some(tensor::Json(tensor));
+        results.push(InferResult { name, datatype: *datatype, shape, parameters, data });
     }
     let answer = InferResponse {
         model_name: &loaded.found.name,
         model_version: &loaded.found.version,
         id: request.id.as_deref(),
+        parameters: BTreeMap::from([("digest", &*loaded.found.digest)]),
         outputs: results,
     };
-    let mut response = Json(answer).into_response();
-    identify(&mut response, loaded);
+    let mut answer = serde_json::to_vec(&answer).map_err(|error| Error::internal(format!("an output: {error}")))?;
+    let header = answer.len();
+    let mut response = if attached.is_empty() {
+        ([(CONTENT_TYPE, "application/json")], answer).into_response()
+    } else {
+        attached.iter().for_each(|data| answer.extend_from_slice(data));
+        let mut response = ([(CONTENT_TYPE, "application/octet-stream")], answer).into_response();
+        response.headers_mut().insert(HEADER_LENGTH, HeaderValue::from(header));
+        response
+    };
+    identify(&mut response, &loaded);
     Ok(response)
 }
 
-/// The outputs that are asked for: all, unless some are named.
-fn requested<'a>(loaded: &'a Loaded, named: Option<&[InferOutput<'_>]>) -> Result<Vec<&'a TensorSpec>, Error> {
-    let specs = &loaded.found.spec.outputs;
-    let Some(named) = named.filter(|named| !named.is_empty()) else { return Ok(specs.iter().collect()) };
-    let find = |output: &InferOutput<'_>| {
-        let found = specs.iter().find(|spec| spec.name == output.name);
-        found.ok_or_else(|| Error::wrong(Dialect::Oip, format!("the model has no output `{}`", output.name)))
-    };
-    named.iter().map(find).collect()
-}
-
-/// The request's inputs in the model's order, each held to what the model takes.
-fn matched(loaded: &Loaded, inputs: &[InferInput<'_>]) -> Result<Vec<Tensor>, String> {
-    let specs = &loaded.found.spec.inputs;
-    for (at, input) in inputs.iter().enumerate() {
-        if !specs.iter().any(|spec| spec.name == input.name) {
-            let known: Vec<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
-            return Err(format!("the model has no input `{}`; it takes {}", input.name, known.join(", ")));
-        }
-        if inputs[..at].iter().any(|other| other.name == input.name) {
-            return Err(format!("input `{}` is given twice", input.name));
-        }
+/// The request's tensors, from the JSON or from the bytes behind it.
+fn read(loaded: &Loaded, inputs: &[InferInput<'_>], binary: &Bytes) -> Result<Vec<Tensor>, String> {
+    let name = |at: usize| &*inputs[at].name;
+    let sizes = inputs.iter().map(|input| input.parameters.as_ref()?.binary_data_size);
+    let parts = envelope::distribute(binary, sizes).map_err(|(at, error)| match at {
+        Some(at) => format!("input `{:.100}`: {error}", name(at)),
+        None => error,
+    })?;
+    if let Some(at) =
+        inputs.iter().position(|i| i.parameters.as_ref().is_some_and(|p| p.shared_memory_region.is_some()))
+    {
+        return Err(format!("input `{:.100}`: shared memory is not taken here", name(at)));
     }
-    let tensor = |spec: &TensorSpec| {
-        let name = &spec.name;
-        let input =
-            inputs.iter().find(|input| input.name == *name).ok_or_else(|| format!("input `{name}` is missing"))?;
-        if input.datatype != spec.datatype {
-            return Err(format!("input `{name}` is {}, not {}", spec.datatype, input.datatype));
-        }
-        let fits = |(&size, &wanted): (&i64, &i64)| size >= 0 && (wanted == -1 || size == wanted);
-        if input.shape.len() != spec.shape.len() || !input.shape.iter().zip(&spec.shape).all(fits) {
-            return Err(format!("input `{name}` has shape {:?}; the model takes {:?}", input.shape, spec.shape));
-        }
-        let count = element_count(&input.shape)
-            .ok_or_else(|| format!("input `{name}`: the shape {:?} is too large", input.shape))?;
-        let data =
-            Data::from_json(spec.datatype, input.data.get()).map_err(|error| format!("input `{name}`: {error}"))?;
-        if data.len() != count {
-            return Err(format!(
-                "input `{name}` has {} elements; its shape {:?} means {count}",
-                data.len(),
-                input.shape
-            ));
-        }
-        Ok(Tensor { name: name.clone(), shape: input.shape.clone(), data })
-    };
-    specs.iter().map(tensor).collect()
-}
-
-fn datatype(data: &Data) -> Datatype {
-    match data {
-        Data::Bool(_) => Datatype::Bool,
-        Data::Uint8(_) => Datatype::Uint8,
-        Data::Int8(_) => Datatype::Int8,
-        Data::Int16(_) => Datatype::Int16,
-        Data::Int32(_) => Datatype::Int32,
-        Data::Int64(_) => Datatype::Int64,
-        Data::Fp32(_) => Datatype::Fp32,
-        Data::Fp64(_) => Datatype::Fp64,
-        Data::Bytes(_) => Datatype::Bytes,
-    }
+    let shapes: Vec<Vec<i64>> = inputs
+        .iter()
+        .map(|input| {
+            let shape = serde_json::from_str(input.shape.get());
+            shape.map_err(|error| format!("input `{:.100}`: the shape: {error}", input.name))
+        })
+        .collect::<Result<_, _>>()?;
+    let given: Vec<Given<'_>> = inputs
+        .iter()
+        .zip(&shapes)
+        .map(|(input, shape)| Given { name: &input.name, datatype: &input.datatype, shape })
+        .collect();
+    infer::matched(loaded, &given, |at, datatype, count| match (&parts[at], inputs[at].data) {
+        (Some(_), Some(_)) => Err("it has both `data` and `binary_data_size`".into()),
+        (Some(part), None) => tensor::checked(datatype, count, part).map(|()| part.clone()),
+        (None, Some(json)) => tensor::from_json(datatype, count, json.get()),
+        (None, None) => Err("it has neither `data` nor `binary_data_size`".into()),
+    })
 }

@@ -5,18 +5,18 @@ use std::sync::Arc;
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Extension, State as Shared};
-use axum::http::{HeaderMap, StatusCode};
+use axum::extract::{Extension, Path, State as Shared};
+use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::error::{Dialect, Error};
-use super::{RequestSpan, identify, run, tokens};
+use super::{RequestSpan, identify, timeout};
 use crate::app::State;
+use crate::error::{Dialect, Error};
+use crate::infer::{self, TEXTS_MAX, tokens};
 use crate::runtime::Input;
-use crate::tensor::Data;
 
 #[derive(Deserialize)]
 struct EmbeddingsRequest {
@@ -69,32 +69,33 @@ pub(crate) async fn embeddings(
     let body = body.map_err(|rejection| Error::new(rejection.status(), Dialect::OpenAi, rejection.body_text()))?;
     let request: EmbeddingsRequest =
         serde_json::from_slice(&body).map_err(|error| wrong(format!("the body: {error}")))?;
-    let loaded = state.model(&request.model, None).ok_or_else(|| Error::no_model(Dialect::OpenAi, &request.model))?;
+    let loaded = state.repository.model(&request.model, None);
+    let loaded = &loaded.ok_or_else(|| Error::no_model(Dialect::OpenAi, &request.model, None))?;
     let tokenizer = loaded.tokenizer.as_ref().ok_or_else(|| wrong(format!("`{}` embeds no text", request.model)))?;
     let rows = match request.input {
         EmbeddingsInput::Text(text) => tokens(loaded, vec![text]).await,
         EmbeddingsInput::Texts(texts) => tokens(loaded, texts).await,
         EmbeddingsInput::Ids(ids) => tokenizer.checked(ids).map(|row| vec![row]),
-        EmbeddingsInput::RowsOfIds(rows) if rows.is_empty() || rows.len() > super::TEXTS_MAX => {
-            Err(format!("from 1 to {} rows at once", super::TEXTS_MAX))
+        EmbeddingsInput::RowsOfIds(rows) if rows.is_empty() || rows.len() > TEXTS_MAX => {
+            Err(format!("from 1 to {} rows at once", TEXTS_MAX))
         }
         EmbeddingsInput::RowsOfIds(rows) => rows.into_iter().map(|row| tokenizer.checked(row)).collect(),
     };
     let rows = rows.map_err(|error| wrong(format!("`input`: {error}")))?;
     let prompt_tokens: usize = rows.iter().map(Vec::len).sum();
-    let done =
-        run(loaded, Input::Tokens(rows), &headers, &span.0).await.map_err(|error| error.in_dialect(Dialect::OpenAi))?;
-    let (Some(Data::Fp32(all)), Some(&[_, size])) =
-        (done.outputs.first().map(|tensor| &tensor.data), done.outputs.first().map(|tensor| tensor.shape.as_slice()))
-    else {
-        return Err(Error::new(StatusCode::INTERNAL_SERVER_ERROR, Dialect::OpenAi, "the model gave no embeddings"));
+    let done = infer::run(loaded, Input::Tokens(rows), timeout(&headers), &span.0).await;
+    let done = done.map_err(|error| error.in_dialect(Dialect::OpenAi))?;
+    // A model with a tokenizer is a sentence encoder: one FP32 output [rows, size].
+    let (all, size) = match done.outputs.as_slice() {
+        [output] => (&output.data, output.shape.last().and_then(|&size| usize::try_from(size).ok()).unwrap_or(0)),
+        _ => return Err(Error::internal("the model gave no embeddings").in_dialect(Dialect::OpenAi)),
     };
-    let size = usize::try_from(size).unwrap_or(0).max(1);
     let kept = request.dimensions.unwrap_or(size);
     if !(1..=size).contains(&kept) {
         return Err(wrong(format!("`dimensions` is from 1 to {size}")));
     }
-    let vectors: Vec<Vec<f32>> = all.chunks_exact(size).map(|row| shortened(row, kept)).collect();
+    let (numbers, _) = all.as_chunks::<4>();
+    let vectors: Vec<Vec<f32>> = numbers.chunks_exact(size).map(|row| shortened(row, kept)).collect();
     let data: Vec<Embedding<'_>> = vectors
         .iter()
         .enumerate()
@@ -119,8 +120,8 @@ struct List<'a> {
 }
 
 /// The first numbers of a vector, brought back to unit length: what `dimensions` means.
-fn shortened(row: &[f32], kept: usize) -> Vec<f32> {
-    let mut vector = row[..kept].to_vec();
+fn shortened(row: &[[u8; 4]], kept: usize) -> Vec<f32> {
+    let mut vector: Vec<f32> = row[..kept].iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
     if kept < row.len() {
         let length = vector.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
         vector.iter_mut().for_each(|x| *x /= length);
@@ -139,6 +140,15 @@ fn encoded(vector: &[f32], encoding: Encoding) -> Vector<'_> {
 }
 
 pub(crate) async fn models(Shared(state): Shared<Arc<State>>) -> Json<Value> {
-    let one = |name: &String| json!({ "id": name, "object": "model", "created": 0, "owned_by": "isochrone" });
-    Json(json!({ "object": "list", "data": state.models.keys().map(one).collect::<Vec<_>>() }))
+    let data: Vec<Value> = state.repository.models().keys().map(|name| described(name)).collect();
+    Json(json!({ "object": "list", "data": data }))
+}
+
+pub(crate) async fn model(state: Shared<Arc<State>>, Path(name): Path<String>) -> Result<Json<Value>, Error> {
+    let known = state.repository.model(&name, None).is_some();
+    if known { Ok(Json(described(&name))) } else { Err(Error::no_model(Dialect::OpenAi, &name, None)) }
+}
+
+fn described(name: &str) -> Value {
+    json!({ "id": name, "object": "model", "created": 0, "owned_by": "isochrone" })
 }

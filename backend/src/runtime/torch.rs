@@ -1,44 +1,111 @@
-//! libtorch. The only file that names `tch`.
-//!
-//! A BERT-like sentence encoder is written out here over its safetensors, as published ("BERT: Pre-training of Deep
-//! Bidirectional Transformers", Devlin et al., 2019; mean pooling after "Sentence-BERT", Reimers and Gurevych, 2019);
-//! anything else runs as the TorchScript module that it is.
+//! libtorch: devices, tensors in and out, and any TorchScript module. Only this file and the encoder's name `tch`.
 
-use std::collections::HashMap;
-use std::path::Path;
-
-use serde::Deserialize;
+use bytes::Bytes;
 use tch::{CModule, Device, IValue, Kind, TchError};
 
-use super::{Failed, Input, Runtime};
+use super::encoder::SentenceEncoder;
+use super::{Failed, Input, Runtime, processor};
 use crate::model::{self, Found, Spec};
-use crate::tensor::{Data, Tensor, element_count};
+use crate::tensor::{Datatype, Tensor, element_count};
 
-/// Rows computed at once. On a CPU more rows fill no more of its units; they only wait for each other.
-const ROWS_MAX: usize = 32;
-
-/// Sets how many threads one operation uses. For the whole process, before anything is loaded.
-pub(crate) fn set_threads(threads: usize) {
-    tch::set_num_threads(i32::try_from(threads).unwrap_or(1));
-    tch::set_num_interop_threads(1);
+/// Where models compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// The first GPU if there is one, else the processor.
+    Auto,
+    /// The processor.
+    Cpu,
+    /// The GPU of this number.
+    Cuda(usize),
 }
 
-/// Loads a model.
+impl std::str::FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Place, String> {
+        match text {
+            "auto" => Ok(Place::Auto),
+            "cpu" => Ok(Place::Cpu),
+            _ => text
+                .strip_prefix("cuda:")
+                .and_then(|number| number.parse().ok())
+                .map(Place::Cuda)
+                .ok_or_else(|| "it is auto, cpu or cuda:N".to_owned()),
+        }
+    }
+}
+
+/// A device that is there.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Placed(Device);
+
+impl Placed {
+    /// Whether it is a GPU.
+    pub(crate) fn is_gpu(self) -> bool {
+        self.0.is_cuda()
+    }
+}
+
+/// Finds the device. Once, before anything is loaded.
+///
+/// # Errors
+/// A GPU is asked for that is not there.
+pub(crate) fn place(wanted: Place) -> Result<Placed, String> {
+    if wanted == Place::Cpu {
+        return Ok(Placed(Device::Cpu));
+    }
+    processor::load_cuda();
+    let count = usize::try_from(tch::Cuda::device_count()).unwrap_or(0);
+    match wanted {
+        Place::Cuda(number) if number < count => Ok(Placed(Device::Cuda(number))),
+        Place::Cuda(number) => Err(format!("there is no GPU {number}: libtorch sees {count}; try --device cpu")),
+        _ if count > 0 => Ok(Placed(Device::Cuda(0))),
+        _ => Ok(Placed(Device::Cpu)),
+    }
+}
+
+/// Sets how many threads one operation of the calling thread uses, and loads a model for that thread.
 ///
 /// # Errors
 /// What is wrong with its files.
-pub(crate) fn load(found: &Found) -> Result<Box<dyn Runtime>, String> {
-    match found.spec.kind {
-        model::Kind::SentenceEncoder => {
-            let mut encoder = SentenceEncoder::load(&found.directory, &found.spec)?;
-            // The first pass allocates and chooses kernels: it is ours, not the first client's.
-            let warm_up = Input::Tokens(vec![vec![0; 16]; 2]);
-            let warmed = encoder.run(&[warm_up]).pop().unwrap_or_else(|| Err(Failed("no result".into())));
-            warmed.map_err(|error| format!("the first pass failed: {error}"))?;
-            Ok(Box::new(encoder))
-        }
-        model::Kind::Torchscript => Ok(Box::new(Script::load(&found.directory, &found.spec)?)),
+pub(crate) fn load(found: &Found, threads: usize, placed: Placed) -> Result<Box<dyn Runtime>, String> {
+    tch::set_num_threads(i32::try_from(found.spec.threads.unwrap_or(threads)).unwrap_or(1));
+    let mut runtime: Box<dyn Runtime> = match found.spec.kind {
+        model::Kind::SentenceEncoder => Box::new(SentenceEncoder::load(&found.directory, &found.spec, placed.0)?),
+        model::Kind::Torchscript => Box::new(Script::load(&found.directory, &found.spec, placed.0)?),
+    };
+    // The first passes allocate and choose kernels: they are ours, not the first client's.
+    for input in warm_up(&found.spec) {
+        let warmed = runtime.run(&[input]).pop().unwrap_or_else(|| Err(Failed("no result".into())));
+        warmed.map_err(|error| format!("warm-up: {}", first_line(&error.0)))?;
     }
+    Ok(runtime)
+}
+
+/// Zeros in the shapes of `model.toml`; for a sentence encoder at least one small batch, which also proves its weights.
+fn warm_up(spec: &Spec) -> Vec<Input> {
+    let size = |size: i64| usize::try_from(size).unwrap_or(0);
+    let mut inputs = Vec::new();
+    if spec.kind == model::Kind::SentenceEncoder {
+        inputs.push(Input::Tokens(vec![vec![0; 16]; 2]));
+    }
+    for shapes in spec.warm_up.iter().map(|warm_up| &warm_up.shapes) {
+        inputs.push(match (spec.kind, shapes.as_slice()) {
+            (model::Kind::SentenceEncoder, [shape]) => {
+                Input::Tokens(vec![vec![0; size(shape[1]).max(1)]; size(shape[0]).max(1)])
+            }
+            _ => {
+                let zeros = spec.inputs.iter().zip(shapes).map(|(input, shape)| Tensor {
+                    name: input.name.clone(),
+                    datatype: input.datatype,
+                    shape: shape.clone(),
+                    data: vec![0; element_count(shape).unwrap_or(0) * input.datatype.size().unwrap_or(0)].into(),
+                });
+                Input::Tensors { tensors: zeros.collect(), rows: 1 }
+            }
+        });
+    }
+    inputs
 }
 
 impl From<TchError> for Failed {
@@ -47,255 +114,26 @@ impl From<TchError> for Failed {
     }
 }
 
-/// `config.json` of a BERT-like model, as far as it decides the computation.
-#[derive(Deserialize)]
-struct BertConfig {
-    hidden_size: i64,
-    num_hidden_layers: usize,
-    num_attention_heads: i64,
-    layer_norm_eps: f64,
-    hidden_act: String,
-    #[serde(default)]
-    position_embedding_type: Option<String>,
-}
-
-struct Dense {
-    /// Shape [out, in].
-    weight: tch::Tensor,
-    bias: tch::Tensor,
-}
-
-impl Dense {
-    fn apply(&self, x: &tch::Tensor) -> Result<tch::Tensor, TchError> {
-        x.f_linear(&self.weight, Some(&self.bias))
-    }
-}
-
-struct Norm {
-    weight: tch::Tensor,
-    bias: tch::Tensor,
-    epsilon: f64,
-}
-
-impl Norm {
-    fn apply(&self, x: &tch::Tensor) -> Result<tch::Tensor, TchError> {
-        x.f_layer_norm(self.weight.size(), Some(&self.weight), Some(&self.bias), self.epsilon, false)
-    }
-}
-
-struct Layer {
-    /// Query, key and value in one product: [3 * hidden, hidden].
-    attention: Dense,
-    attention_output: Dense,
-    attention_norm: Norm,
-    intermediate: Dense,
-    output: Dense,
-    output_norm: Norm,
-}
-
-struct SentenceEncoder {
-    words: tch::Tensor,
-    positions: tch::Tensor,
-    /// The one token type that single texts have: [hidden].
-    token_type: tch::Tensor,
-    norm: Norm,
-    layers: Vec<Layer>,
-    heads: i64,
-    output: String,
-}
-
-/// Takes tensors out of a safetensors file by name.
-struct Weights(HashMap<String, tch::Tensor>);
-
-impl Weights {
-    fn take(&mut self, name: &str) -> Result<tch::Tensor, String> {
-        let tensor = self.0.remove(name).ok_or_else(|| format!("model.safetensors has no tensor `{name}`"))?;
-        Ok(tensor.to_kind(Kind::Float))
-    }
-
-    fn dense(&mut self, name: &str) -> Result<Dense, String> {
-        Ok(Dense { weight: self.take(&format!("{name}.weight"))?, bias: self.take(&format!("{name}.bias"))? })
-    }
-
-    fn norm(&mut self, name: &str, epsilon: f64) -> Result<Norm, String> {
-        let Dense { weight, bias } = self.dense(name)?;
-        Ok(Norm { weight, bias, epsilon })
-    }
-}
-
-impl SentenceEncoder {
-    fn load(directory: &Path, spec: &Spec) -> Result<SentenceEncoder, String> {
-        let config = std::fs::read(directory.join("config.json")).map_err(|error| format!("config.json: {error}"))?;
-        let config: BertConfig = serde_json::from_slice(&config).map_err(|error| format!("config.json: {error}"))?;
-        if config.hidden_act != "gelu" || config.position_embedding_type.is_some_and(|kind| kind != "absolute") {
-            return Err("config.json: only hidden_act gelu with absolute positions is known here".into());
-        }
-        if config.num_attention_heads < 1 || config.hidden_size % config.num_attention_heads != 0 {
-            return Err("config.json: hidden_size is no multiple of num_attention_heads".into());
-        }
-        if spec.outputs[0].shape.last() != Some(&config.hidden_size) {
-            return Err(format!("model.toml: the output's last size is not the model's, {}", config.hidden_size));
-        }
-        let weights = tch::Tensor::read_safetensors(directory.join("model.safetensors"))
-            .map_err(|error| format!("model.safetensors: {error}"))?;
-        let mut weights = Weights(weights.into_iter().collect());
-        let epsilon = config.layer_norm_eps;
-        let words = weights.take("embeddings.word_embeddings.weight")?;
-        let positions = weights.take("embeddings.position_embeddings.weight")?;
-        if spec.max_tokens.is_none_or(|most| i64::try_from(most).is_ok_and(|most| most > positions.size()[0])) {
-            return Err(format!("model.toml: max_tokens is beyond the model's {} positions", positions.size()[0]));
-        }
-        let token_type = weights.take("embeddings.token_type_embeddings.weight")?.get(0);
-        let norm = weights.norm("embeddings.LayerNorm", epsilon)?;
-        let mut layers = Vec::new();
-        for at in 0..config.num_hidden_layers {
-            let name = |part: &str| format!("encoder.layer.{at}.{part}");
-            let mut projections = Vec::new();
-            for part in ["query", "key", "value"] {
-                projections.push(weights.dense(&name(&format!("attention.self.{part}")))?);
-            }
-            let stacked = |part: fn(&Dense) -> &tch::Tensor| {
-                tch::Tensor::cat(&projections.iter().map(part).collect::<Vec<_>>(), 0)
-            };
-            layers.push(Layer {
-                attention: Dense { weight: stacked(|dense| &dense.weight), bias: stacked(|dense| &dense.bias) },
-                attention_output: weights.dense(&name("attention.output.dense"))?,
-                attention_norm: weights.norm(&name("attention.output.LayerNorm"), epsilon)?,
-                intermediate: weights.dense(&name("intermediate.dense"))?,
-                output: weights.dense(&name("output.dense"))?,
-                output_norm: weights.norm(&name("output.LayerNorm"), epsilon)?,
-            });
-        }
-        let output = spec.outputs[0].name.clone();
-        Ok(SentenceEncoder { words, positions, token_type, norm, layers, heads: config.num_attention_heads, output })
-    }
-
-    /// Embeds rows of token ids, none empty: [rows, hidden], each of unit length.
-    fn embed(&self, rows: &[&[u32]]) -> Result<tch::Tensor, TchError> {
-        let longest = rows.iter().map(|row| row.len()).max().unwrap_or(0);
-        let (count, length) = (rows.len() as i64, longest as i64);
-        let mut ids = vec![0_i64; rows.len() * longest];
-        let mut mask = vec![false; rows.len() * longest];
-        for (at, row) in rows.iter().enumerate() {
-            for (to, &id) in row.iter().enumerate() {
-                ids[at * longest + to] = i64::from(id);
-                // From the row's length, never from the id: a text can contain the padding token itself.
-                mask[at * longest + to] = true;
-            }
-        }
-        let ids = tch::Tensor::f_from_slice(&ids)?.f_view([count, length])?;
-        let mask = tch::Tensor::f_from_slice(&mask)?.f_view([count, length])?;
-        // Without padding there is nothing to mask, and the unmasked attention is faster.
-        let padded = rows.iter().any(|row| row.len() < longest);
-        let attention_mask = padded.then(|| mask.f_view([count, 1, 1, length])).transpose()?;
-
-        let words = tch::Tensor::f_embedding(&self.words, &ids, -1, false, false)?;
-        let x = words.f_add(&self.positions.f_narrow(0, 0, length)?)?.f_add(&self.token_type)?;
-        let mut x = self.norm.apply(&x)?;
-        for layer in &self.layers {
-            x = self.layer(layer, &x, attention_mask.as_ref())?;
-        }
-        let mask = mask.f_unsqueeze(-1)?.f_to_kind(Kind::Float)?;
-        let sum = x.f_mul(&mask)?.f_sum_dim_intlist([1_i64].as_slice(), false, Kind::Float)?;
-        // The mean's divisor falls out of the normalisation: only the direction counts.
-        let norm = sum.f_norm_scalaropt_dim(2, [1_i64].as_slice(), true)?.f_clamp_min(1e-12)?;
-        sum.f_div(&norm)
-    }
-
-    fn layer(&self, layer: &Layer, x: &tch::Tensor, mask: Option<&tch::Tensor>) -> Result<tch::Tensor, TchError> {
-        let (count, length, hidden) = x.size3()?;
-        let size = hidden / self.heads;
-        // [rows, tokens, 3 * hidden] -> 3 of [rows, heads, tokens, size].
-        let projected =
-            layer.attention.apply(x)?.f_view([count, length, 3, self.heads, size])?.f_permute([2, 0, 3, 1, 4])?;
-        let (query, key, value) = (projected.f_get(0)?, projected.f_get(1)?, projected.f_get(2)?);
-        let context = tch::Tensor::f_scaled_dot_product_attention(&query, &key, &value, mask, 0.0, false, None, false)?;
-        let context = context.f_transpose(1, 2)?.f_reshape([count, length, hidden])?;
-        let x = layer.attention_norm.apply(&layer.attention_output.apply(&context)?.f_add(x)?)?;
-        let inner = layer.intermediate.apply(&x)?.f_gelu("none")?;
-        layer.output_norm.apply(&layer.output.apply(&inner)?.f_add(&x)?)
-    }
-
-    /// Embeds the rows of a batch in groups of similar length, so that little is padded, and puts them back in order.
-    fn embed_all(&self, rows: &[&[u32]]) -> Result<Vec<f32>, TchError> {
-        let hidden = self.words.size()[1] as usize;
-        let mut order: Vec<usize> = (0..rows.len()).collect();
-        order.sort_by_key(|&at| rows[at].len());
-        let mut all = vec![0.0; rows.len() * hidden];
-        for group in order.chunks(ROWS_MAX) {
-            let grouped: Vec<&[u32]> = group.iter().map(|&at| rows[at]).collect();
-            let mut embedded = vec![0.0_f32; group.len() * hidden];
-            let length = embedded.len();
-            self.embed(&grouped)?.f_contiguous()?.f_copy_data(&mut embedded, length)?;
-            for (row, &at) in embedded.chunks_exact(hidden).zip(group) {
-                all[at * hidden..][..hidden].copy_from_slice(row);
-            }
-        }
-        Ok(all)
-    }
-}
-
-impl Runtime for SentenceEncoder {
-    fn run(&mut self, batch: &[Input]) -> Vec<Result<Vec<Tensor>, Failed>> {
-        // For the thread: nothing is remembered for a backward pass.
-        let _guard = tch::no_grad_guard();
-        let texts = |input: &Input| match input {
-            Input::Tokens(rows) => rows.len(),
-            Input::Tensors(_) => 0,
-        };
-        let rows: Vec<&[u32]> = batch
-            .iter()
-            .flat_map(|input| match input {
-                Input::Tokens(rows) => rows.as_slice(),
-                Input::Tensors(_) => &[],
-            })
-            .map(Vec::as_slice)
-            .collect();
-        let hidden = self.words.size()[1];
-        match self.embed_all(&rows) {
-            Err(error) => batch.iter().map(|_| Err(Failed(error.to_string()))).collect(),
-            Ok(all) => {
-                let mut rest = all.as_slice();
-                batch
-                    .iter()
-                    .map(|input| {
-                        let (own, others) = rest.split_at(texts(input) * hidden as usize);
-                        rest = others;
-                        let shape = vec![texts(input) as i64, hidden];
-                        Ok(vec![Tensor { name: self.output.clone(), shape, data: Data::Fp32(own.to_vec()) }])
-                    })
-                    .collect()
-            }
-        }
-    }
-}
-
 /// Any TorchScript module.
 struct Script {
     module: CModule,
     spec: Spec,
+    device: Device,
 }
 
 impl Script {
-    fn load(directory: &Path, spec: &Spec) -> Result<Script, String> {
-        let mut module = CModule::load_on_device(directory.join("model.pt"), Device::Cpu)
-            .map_err(|error| format!("model.pt: {}", first_line(&error)))?;
-        module.f_set_eval().map_err(|error| format!("model.pt: {}", first_line(&error)))?;
-        Ok(Script { module, spec: spec.clone() })
+    fn load(directory: &std::path::Path, spec: &Spec, device: Device) -> Result<Script, String> {
+        let wrong = |error: TchError| format!("model.pt: {}", first_line(&error.to_string()));
+        let mut module = CModule::load_on_device(directory.join("model.pt"), device).map_err(wrong)?;
+        module.f_set_eval().map_err(wrong)?;
+        Ok(Script { module, spec: spec.clone(), device })
     }
 
-    fn forward(&self, tensors: &[Tensor]) -> Result<Vec<Tensor>, Failed> {
+    fn forward(&self, arguments: &[IValue]) -> Result<Vec<tch::Tensor>, Failed> {
         if let Some(method) = &self.spec.before_each {
             self.module.method_is::<IValue>(method, &[])?;
         }
-        let arguments: Vec<IValue> = self
-            .spec
-            .inputs
-            .iter()
-            .zip(tensors)
-            .map(|(spec, tensor)| argument(spec.scalar, tensor))
-            .collect::<Result<_, _>>()?;
-        let returned = match self.module.forward_is(&arguments)? {
+        let returned = match self.module.forward_is(arguments)? {
             IValue::Tensor(tensor) => vec![tensor],
             IValue::TensorList(tensors) => tensors,
             IValue::Tuple(values) => values
@@ -311,70 +149,145 @@ impl Script {
             let (got, named) = (returned.len(), self.spec.outputs.len());
             return Err(Failed(format!("the module returned {got} tensors; model.toml names {named}")));
         }
+        Ok(returned)
+    }
+
+    fn one(&self, tensors: &[Tensor]) -> Result<Vec<Tensor>, Failed> {
+        let arguments: Vec<IValue> = self
+            .spec
+            .inputs
+            .iter()
+            .zip(tensors)
+            .map(|(spec, tensor)| if spec.scalar { scalar(tensor) } else { Ok(IValue::Tensor(self.given(tensor)?)) })
+            .collect::<Result<_, _>>()?;
+        let returned = self.forward(&arguments)?;
         returned.iter().zip(&self.spec.outputs).map(|(tensor, spec)| taken(&spec.name, tensor)).collect()
+    }
+
+    /// Computes requests as one, joined along the first dimension, and takes the results apart again.
+    fn joined(&self, requests: &[&[Tensor]], rows: &[i64]) -> Result<Vec<Vec<Tensor>>, Failed> {
+        let arguments: Vec<IValue> = (0..self.spec.inputs.len())
+            .map(|at| {
+                let parts: Vec<tch::Tensor> =
+                    requests.iter().map(|tensors| self.given(&tensors[at])).collect::<Result<_, _>>()?;
+                Ok::<_, Failed>(IValue::Tensor(tch::Tensor::f_cat(&parts, 0)?))
+            })
+            .collect::<Result<_, _>>()?;
+        let mut results: Vec<Vec<Tensor>> = requests.iter().map(|_| Vec::new()).collect();
+        for (tensor, spec) in self.forward(&arguments)?.iter().zip(&self.spec.outputs) {
+            if tensor.size().first() != Some(&rows.iter().sum()) {
+                return Err(Failed(format!("output `{}` has not one row for each row of the batch", spec.name)));
+            }
+            for (part, result) in tensor.f_split_with_sizes(rows, 0)?.iter().zip(&mut results) {
+                result.push(taken(&spec.name, part)?);
+            }
+        }
+        Ok(results)
+    }
+
+    fn given(&self, tensor: &Tensor) -> Result<tch::Tensor, TchError> {
+        to_device(given(tensor)?, self.device)
     }
 }
 
 impl Runtime for Script {
     fn run(&mut self, batch: &[Input]) -> Vec<Result<Vec<Tensor>, Failed>> {
         let _guard = tch::no_grad_guard();
-        batch
-            .iter()
-            .map(|input| match input {
-                Input::Tensors(tensors) => self.forward(tensors),
-                Input::Tokens(_) => Err(Failed("a TorchScript module takes no tokens".into())),
-            })
-            .collect()
+        let tensors = |input: &'_ Input| match input {
+            Input::Tensors { tensors, .. } => Ok(tensors.clone()),
+            Input::Tokens(_) => Err(Failed("a TorchScript module takes no tokens".into())),
+        };
+        if batch.len() > 1 && self.spec.batching().max_batch_size > 1 {
+            let requests: Vec<&[Tensor]> = batch
+                .iter()
+                .filter_map(|input| match input {
+                    Input::Tensors { tensors, .. } => Some(tensors.as_slice()),
+                    Input::Tokens(_) => None,
+                })
+                .collect();
+            let rows: Vec<i64> = batch.iter().map(|input| input.rows() as i64).collect();
+            match self.joined(&requests, &rows) {
+                Ok(results) if results.len() == batch.len() => return results.into_iter().map(Ok).collect(),
+                // Some values of one request may be what failed: the others are not to pay for it, so each runs alone.
+                Ok(_) | Err(_) => {}
+            }
+        }
+        batch.iter().map(|input| tensors(input).and_then(|tensors| self.one(&tensors))).collect()
     }
 }
 
-fn argument(scalar: bool, tensor: &Tensor) -> Result<IValue, Failed> {
-    if scalar {
-        return match &tensor.data {
-            Data::Int64(data) if data.len() == 1 => Ok(IValue::Int(data[0])),
-            _ => Err(Failed("a scalar input is one INT64".into())),
-        };
+fn scalar(tensor: &Tensor) -> Result<IValue, Failed> {
+    match (tensor.datatype, <[u8; 8]>::try_from(&*tensor.data)) {
+        (Datatype::Int64, Ok(bytes)) => Ok(IValue::Int(i64::from_le_bytes(bytes))),
+        _ => Err(Failed("a scalar input is one INT64".into())),
     }
-    let flat = match &tensor.data {
-        Data::Bool(data) => tch::Tensor::f_from_slice(data),
-        Data::Uint8(data) => tch::Tensor::f_from_slice(data),
-        Data::Int8(data) => tch::Tensor::f_from_slice(data),
-        Data::Int16(data) => tch::Tensor::f_from_slice(data),
-        Data::Int32(data) => tch::Tensor::f_from_slice(data),
-        Data::Int64(data) => tch::Tensor::f_from_slice(data),
-        Data::Fp32(data) => tch::Tensor::f_from_slice(data),
-        Data::Fp64(data) => tch::Tensor::f_from_slice(data),
-        Data::Bytes(_) => return Err(Failed("a TorchScript module takes no BYTES".into())),
-    }?;
-    Ok(IValue::Tensor(flat.f_view(tensor.shape.as_slice())?))
+}
+
+/// A libtorch tensor of the same elements.
+fn given(tensor: &Tensor) -> Result<tch::Tensor, TchError> {
+    let kind = match tensor.datatype {
+        Datatype::Bool => Kind::Bool,
+        Datatype::Uint8 => Kind::Uint8,
+        Datatype::Int8 => Kind::Int8,
+        Datatype::Int16 => Kind::Int16,
+        Datatype::Int32 => Kind::Int,
+        Datatype::Int64 => Kind::Int64,
+        Datatype::Fp16 => Kind::Half,
+        Datatype::Bf16 => Kind::BFloat16,
+        Datatype::Fp32 => Kind::Float,
+        Datatype::Fp64 => Kind::Double,
+        other => return Err(TchError::Kind(format!("libtorch's binding holds no {other}"))),
+    };
+    // `from_data_size` trusts the shape: fewer bytes would be read beyond their end.
+    let bytes = element_count(&tensor.shape).and_then(|count| count.checked_mul(kind.elt_size_in_bytes()));
+    if bytes != Some(tensor.data.len()) {
+        return Err(TchError::Shape(format!(
+            "`{}` has {} bytes for {:?}",
+            tensor.name,
+            tensor.data.len(),
+            tensor.shape
+        )));
+    }
+    tch::Tensor::f_from_data_size(&tensor.data, &tensor.shape, kind)
+}
+
+/// Brings a tensor to a device. To a GPU from pinned memory and without waiting, so that the copy and the computation
+/// before it overlap.
+pub(super) fn to_device(tensor: tch::Tensor, device: Device) -> Result<tch::Tensor, TchError> {
+    if device.is_cuda() {
+        let kind = tensor.f_kind()?;
+        return tensor.f_pin_memory(device)?.f_to_device_(device, kind, true, false);
+    }
+    Ok(tensor)
+}
+
+/// The elements of a tensor, row-major and little-endian.
+pub(super) fn bytes_of(tensor: &tch::Tensor) -> Result<Vec<u8>, TchError> {
+    let tensor = tensor.f_to_device(Device::Cpu)?.f_contiguous()?;
+    let count = tensor.numel();
+    let mut data = vec![0; count * tensor.f_kind()?.elt_size_in_bytes()];
+    tensor.f_copy_data_u8(&mut data, count)?;
+    Ok(data)
 }
 
 fn taken(name: &str, tensor: &tch::Tensor) -> Result<Tensor, Failed> {
-    let shape = tensor.size();
-    let count = element_count(&shape).unwrap_or(0);
-    let tensor = tensor.f_contiguous()?;
-    macro_rules! copied {
-        ($variant:ident, $zero:expr) => {{
-            let mut data = vec![$zero; count];
-            tensor.f_copy_data(&mut data, count)?;
-            Data::$variant(data)
-        }};
-    }
-    let data = match tensor.f_kind()? {
-        Kind::Bool => copied!(Bool, false),
-        Kind::Uint8 => copied!(Uint8, 0),
-        Kind::Int8 => copied!(Int8, 0),
-        Kind::Int16 => copied!(Int16, 0),
-        Kind::Int => copied!(Int32, 0),
-        Kind::Int64 => copied!(Int64, 0),
-        Kind::Float => copied!(Fp32, 0.0),
-        Kind::Double => copied!(Fp64, 0.0),
+    let datatype = match tensor.f_kind()? {
+        Kind::Bool => Datatype::Bool,
+        Kind::Uint8 => Datatype::Uint8,
+        Kind::Int8 => Datatype::Int8,
+        Kind::Int16 => Datatype::Int16,
+        Kind::Int => Datatype::Int32,
+        Kind::Int64 => Datatype::Int64,
+        Kind::Half => Datatype::Fp16,
+        Kind::BFloat16 => Datatype::Bf16,
+        Kind::Float => Datatype::Fp32,
+        Kind::Double => Datatype::Fp64,
         other => return Err(Failed(format!("the module returned elements of kind {other:?}"))),
     };
-    Ok(Tensor { name: name.to_owned(), shape, data })
+    Ok(Tensor { name: name.to_owned(), datatype, shape: tensor.size(), data: Bytes::from(bytes_of(tensor)?) })
 }
 
 /// libtorch's messages go on for pages.
-fn first_line(error: &TchError) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_owned()
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().to_owned()
 }

@@ -7,6 +7,8 @@
 
 mod capacity;
 
+mod clients;
+
 mod embeddings;
 
 mod explain;
@@ -24,6 +26,8 @@ mod load;
 mod protocols;
 
 mod reload;
+
+mod repository;
 
 mod startup;
 

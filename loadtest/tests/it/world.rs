@@ -74,6 +74,7 @@ pub fn secrets() -> &'static Secrets {
         let folder = folder("secrets");
         let made = Command::new(binary("isochrone-local")).arg("certs").arg(&folder).status().expect("runs");
         assert!(made.success());
+        std::fs::write(folder.join("operator"), "the key of the operator of these tests\n").expect("written");
         let mut keys = BTreeMap::new();
         for tenant in ["demo", "demo-eu"] {
             let output = Command::new(binary("isochrone")).args(["key", "new", "--tenant", tenant, "--json"]).output();
@@ -84,6 +85,19 @@ pub fn secrets() -> &'static Secrets {
         }
         Secrets { folder, keys }
     })
+}
+
+/// A model's version at another place: links to the same files, but for `model.toml`, which a test may change.
+pub fn copied(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("a folder");
+    for entry in std::fs::read_dir(from).expect("a model").map(|entry| entry.expect("an entry").path()) {
+        let name = entry.file_name().expect("a name");
+        if name == "model.toml" {
+            std::fs::copy(&entry, to.join(name)).expect("copied");
+        } else {
+            std::os::unix::fs::symlink(&entry, to.join(name)).expect("linked");
+        }
+    }
 }
 
 /// A process that ends with its owner.
@@ -163,6 +177,15 @@ impl Default for Plan {
 }
 
 impl Plan {
+    /// Both models, in a folder of the test's own.
+    pub fn both(name: &str) -> Plan {
+        let models = folder(name);
+        for (from, model) in [(".local/models", "minilm"), ("loadtest/models", "tiny")] {
+            copied(&root().join(from).join(model).join("1"), &models.join(model).join("1"));
+        }
+        Plan { models, declared: vec!["minilm", "tiny"], ..Plan::default() }
+    }
+
     pub fn minilm() -> Plan {
         Plan { models: root().join(".local/models"), declared: vec!["minilm"], ..Plan::default() }
     }
@@ -177,6 +200,8 @@ pub struct World {
     pub untrusting: u16,
     pub admin: u16,
     pub worker_ports: BTreeMap<&'static str, u16>,
+    /// Their gRPC ports.
+    pub grpc_ports: BTreeMap<&'static str, u16>,
     pub workers: BTreeMap<&'static str, Process>,
     pub gateway: Option<Process>,
 }
@@ -196,12 +221,13 @@ impl World {
     /// Writes the configuration and starts nothing.
     pub fn configured(name: &str, plan: Plan) -> World {
         let folder = folder(name);
-        let worker_ports = REGIONS
-            .iter()
-            .filter(|region| !plan.endpoints.contains_key(region.0))
-            .map(|region| (region.0, free_port()));
+        let ports = || {
+            let workers = REGIONS.iter().filter(|region| !plan.endpoints.contains_key(region.0));
+            workers.map(|region| (region.0, free_port())).collect()
+        };
         let world = World {
-            worker_ports: worker_ports.collect(),
+            worker_ports: ports(),
+            grpc_ports: ports(),
             plan,
             tls: free_port(),
             plain: free_port(),
@@ -274,7 +300,10 @@ residency = {{ require = ["eu"] }}
     pub fn write_region(&self, region: &str, drain: bool) {
         let (name, country, latitude, longitude, zone) = REGIONS.iter().find(|row| row.0 == region).expect("a region");
         let endpoints = match self.worker_ports.get(name) {
-            Some(port) => format!("[[endpoints]]\nhttp = \"http://127.0.0.1:{port}\""),
+            Some(port) => {
+                let grpc = self.grpc_ports[name];
+                format!("[[endpoints]]\nhttp = \"http://127.0.0.1:{port}\"\ngrpc = \"http://127.0.0.1:{grpc}\"")
+            }
             None => self.plan.endpoints[name].clone(),
         };
         let mut text = format!(
@@ -297,7 +326,9 @@ residency = {{ require = ["eu"] }}
         let mut command = Command::new(binary("isochrone-backend"));
         let port = self.worker_ports[region];
         command.args(["serve", "--region", region, "--listen", &format!("127.0.0.1:{port}")]);
+        command.args(["--grpc-listen", &format!("127.0.0.1:{}", self.grpc_ports[region])]);
         command.arg("--models").arg(&self.plan.models);
+        command.arg("--operator-key").arg(secrets().folder.join("operator"));
         if self.plan.gateway.contains("otlp") {
             let otlp = self.plan.gateway.split('"').find(|part| part.starts_with("http://")).expect("an address");
             command.args(["--otlp", otlp]);

@@ -1,5 +1,7 @@
 //! What the local world needs beside the product. Not for production: the certificate's authority lies next to it.
 
+#![forbid(unsafe_code)]
+
 mod certs;
 
 mod viewer;

@@ -1,10 +1,11 @@
-//! Refusals, in the words of the dialect that was spoken.
+//! Refusals: one kind for all protocols, said in the words of the one that was spoken.
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header::RETRY_AFTER};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
+use crate::repository::Refused;
 use crate::runner::RunError;
 
 /// Which API was spoken.
@@ -38,8 +39,19 @@ impl Error {
         Error::new(StatusCode::BAD_REQUEST, dialect, message)
     }
 
-    pub(crate) fn no_model(dialect: Dialect, name: &str) -> Error {
-        Error::new(StatusCode::NOT_FOUND, dialect, format!("there is no model `{name}` of that version here"))
+    pub(crate) fn no_model(dialect: Dialect, name: &str, version: Option<&str>) -> Error {
+        let version = version.map(|version| format!(" of version {version:.20}")).unwrap_or_default();
+        Error::new(StatusCode::NOT_FOUND, dialect, format!("there is no model `{name:.100}`{version} here"))
+    }
+
+    /// Ours, not the request's.
+    pub(crate) fn internal(message: impl Into<String>) -> Error {
+        Error::new(StatusCode::INTERNAL_SERVER_ERROR, Dialect::Oip, message)
+    }
+
+    /// More than the worker takes at once.
+    pub(crate) fn overloaded(dialect: Dialect) -> Error {
+        Error::new(StatusCode::SERVICE_UNAVAILABLE, dialect, "the worker is at its limit of requests in flight")
     }
 
     #[must_use]
@@ -63,6 +75,16 @@ impl From<RunError> for Error {
     }
 }
 
+impl From<Refused> for Error {
+    fn from(refused: Refused) -> Error {
+        let (status, message) = match refused {
+            Refused::Unknown(message) => (StatusCode::NOT_FOUND, message),
+            Refused::Bad(message) => (StatusCode::BAD_REQUEST, message),
+        };
+        Error::new(status, Dialect::Oip, message)
+    }
+}
+
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
         let body = match self.dialect {
@@ -77,5 +99,20 @@ impl IntoResponse for Error {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response
+    }
+}
+
+impl From<Error> for tonic::Status {
+    fn from(error: Error) -> tonic::Status {
+        let code = match error.status {
+            StatusCode::BAD_REQUEST => tonic::Code::InvalidArgument,
+            StatusCode::UNAUTHORIZED => tonic::Code::Unauthenticated,
+            StatusCode::FORBIDDEN => tonic::Code::PermissionDenied,
+            StatusCode::NOT_FOUND => tonic::Code::NotFound,
+            StatusCode::SERVICE_UNAVAILABLE => tonic::Code::ResourceExhausted,
+            StatusCode::GATEWAY_TIMEOUT => tonic::Code::DeadlineExceeded,
+            _ => tonic::Code::Internal,
+        };
+        tonic::Status::new(code, error.message)
     }
 }
