@@ -8,6 +8,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::State as Shared;
+use axum::middleware::Next;
+use axum::response::Response as HttpResponse;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use tonic::codec::CompressionEncoding;
@@ -82,8 +85,21 @@ pub(crate) async fn router(state: Arc<State>) -> Result<(Router, Health), String
     let mut routes = Routes::builder();
     routes.add_service(service).add_service(reflection).add_service(old_reflection).add_service(health);
     let router = routes.routes().into_axum_router();
+    let bound = axum::middleware::from_fn_with_state(Arc::clone(&state), bounded);
     let around = axum::middleware::from_fn_with_state(state, api::around);
-    Ok((router.layer(around), Health(reporter)))
+    Ok((router.layer(bound).layer(around), Health(reporter)))
+}
+
+/// Takes a place for an inference before its message is read: each in flight holds its own. The requests of a stream take
+/// theirs one by one.
+async fn bounded(Shared(state): Shared<Arc<State>>, request: axum::extract::Request, next: Next) -> HttpResponse {
+    if !request.uri().path().ends_with("/ModelInfer") {
+        return next.run(request).await;
+    }
+    match state.places.try_acquire() {
+        Ok(_place) => next.run(request).await,
+        Err(_) => Status::from(Error::overloaded(Dialect::Oip)).into_http(),
+    }
 }
 
 /// Says over gRPC's health protocol whether the worker takes requests.
@@ -184,7 +200,11 @@ impl GrpcInferenceService for Service {
                 // What breaks the stream itself ends it; what is wrong with one request is its own answer.
                 let asked = asked?;
                 let id = asked.id.clone();
-                Ok(match infer(&state, asked, None, &span).await {
+                let answer = match state.places.try_acquire() {
+                    Ok(_place) => infer(&state, asked, None, &span).await,
+                    Err(_) => Err(Error::overloaded(Dialect::Oip).into()),
+                };
+                Ok(match answer {
                     Ok((mut answer, _)) => {
                         // Each request has one answer, which is its last.
                         let last = InferParameter { parameter_choice: Some(ParameterChoice::BoolParam(true)) };
@@ -298,7 +318,6 @@ async fn infer(
     span: &Span,
 ) -> Result<(ModelInferResponse, Arc<Loaded>), Status> {
     let wrong = |message: String| Error::wrong(Dialect::Oip, message);
-    let Ok(_place) = state.places.try_acquire() else { return Err(Error::overloaded(Dialect::Oip).into()) };
     let version = some(&request.model_version);
     let loaded = state.repository.model(&request.model_name, version);
     let loaded = loaded.ok_or_else(|| Error::no_model(Dialect::Oip, &request.model_name, version))?;

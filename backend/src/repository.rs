@@ -62,8 +62,10 @@ pub(crate) struct Repository {
     directory: PathBuf,
     options: Options,
     models: ArcSwap<Models>,
-    /// Held while models are loaded or unloaded, with why the last attempt at each failed.
-    changing: Mutex<BTreeMap<String, String>>,
+    /// Held while models are loaded or unloaded: one after the other.
+    changing: Mutex<()>,
+    /// Why a model is not served, or the last attempt to load it failed.
+    reasons: Mutex<BTreeMap<String, String>>,
 }
 
 impl Repository {
@@ -78,7 +80,8 @@ impl Repository {
             directory,
             options,
             models: ArcSwap::from_pointee(Models::new()),
-            changing: Mutex::new(BTreeMap::new()),
+            changing: Mutex::new(()),
+            reasons: Mutex::new(BTreeMap::new()),
         };
         let (mut models, mut problems) = (Models::new(), Vec::new());
         for found in found {
@@ -117,7 +120,7 @@ impl Repository {
     /// # Errors
     /// There is no such model, or a version does not load: then nothing has changed.
     pub(crate) fn load(&self, name: &str) -> Result<(), Refused> {
-        let mut reasons = self.changing.lock();
+        let _changing = self.changing.lock();
         // A name out of a request must not lead out of the directory.
         if !model::names(&self.directory).is_ok_and(|names| names.iter().any(|known| known == name)) {
             return Err(Refused::Unknown(format!("there is no model `{name}` in the model directory")));
@@ -142,13 +145,13 @@ impl Repository {
         };
         match load() {
             Ok(versions) => {
-                reasons.remove(name);
+                self.reasons.lock().remove(name);
                 self.replace(name, Some(versions));
                 Ok(())
             }
             Err(reason) => {
                 tracing::error!(model = name, reason, "model not loaded; what was served before is served still");
-                reasons.insert(name.to_owned(), reason.clone());
+                self.reasons.lock().insert(name.to_owned(), reason.clone());
                 Err(Refused::Bad(reason))
             }
         }
@@ -160,11 +163,11 @@ impl Repository {
     /// # Errors
     /// It is not served.
     pub(crate) fn unload(&self, name: &str) -> Result<(), Refused> {
-        let mut reasons = self.changing.lock();
+        let _changing = self.changing.lock();
         if !self.models().contains_key(name) {
             return Err(Refused::Unknown(format!("the model `{name}` is not loaded")));
         }
-        reasons.insert(name.to_owned(), "unloaded".to_owned());
+        self.reasons.lock().insert(name.to_owned(), "unloaded".to_owned());
         self.replace(name, None);
         Ok(())
     }
@@ -191,7 +194,7 @@ impl Repository {
     /// Everything in the directory and everything that is served.
     pub(crate) fn index(&self) -> Vec<Entry> {
         let models = self.models();
-        let reasons = self.changing.lock();
+        let reasons = self.reasons.lock();
         let mut entries = Vec::new();
         for (name, versions) in &*models {
             for loaded in versions.values() {

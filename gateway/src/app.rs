@@ -15,10 +15,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{self, Config, Opened, Rejected};
+use crate::config::{Config, Opened, Rejected};
 use crate::metrics::Counts;
 use crate::snapshot::Snapshot;
-use crate::{admin, listener, probe, reload};
+use crate::{admin, kept, listener, probe, reload};
 
 /// What all cores share.
 #[derive(Debug)]
@@ -95,7 +95,9 @@ impl Drop for Permit {
 /// What keeps it from starting, or ended it, each in a line for the operator.
 pub fn serve(directory: &Path) -> Result<(), Vec<String>> {
     let mut opened = Opened::default();
-    let config = config::load(directory, &mut opened)
+    // Absolute, so that the directory has a parent: there its replacement is seen, and the accepted state is kept.
+    let directory = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+    let (config, rejected) = kept::start(&directory, &mut opened)
         .map_err(|rejected| rejected.problems.iter().map(ToString::to_string).collect::<Vec<_>>())?;
     let admin = bind(config.admin, false).map_err(|error| vec![error])?;
     let sockets = sockets(&config)?;
@@ -104,7 +106,7 @@ pub fn serve(directory: &Path) -> Result<(), Vec<String>> {
         .enable_all()
         .build()
         .map_err(|error| vec![format!("no runtime: {error}")])?;
-    let ended = runtime.block_on(control(directory.to_owned(), config, opened, admin, sockets, log.clone()));
+    let ended = runtime.block_on(control((directory, rejected), config, opened, admin, sockets, log.clone()));
     runtime.shutdown_timeout(Duration::from_secs(1));
     log.end();
     ended.map_err(|error| vec![error])
@@ -112,9 +114,9 @@ pub fn serve(directory: &Path) -> Result<(), Vec<String>> {
 
 /// The control thread: signals, probes, reloads, the admin listener. It serves no request.
 async fn control(
-    directory: PathBuf,
+    (directory, rejected): (PathBuf, Option<Rejected>),
     config: Config,
-    opened: Opened,
+    mut opened: Opened,
     admin: TcpListener,
     sockets: Vec<Vec<TcpListener>>,
     log: Log,
@@ -147,8 +149,14 @@ async fn control(
     let probes = probe::Probes::start(Arc::clone(&shared), ended.clone());
     watched("the digest of what is measured", &ended, refresh(Arc::clone(&shared)));
     watched("the admin listener", &ended, admin::serve(admin, Arc::clone(&shared))?);
-    // Absolute, so that the directory has a parent in which its replacement is seen.
-    let directory = std::path::absolute(&directory).unwrap_or(directory);
+    match &rejected {
+        None => opened = reload::kept(&shared, &directory, opened).await,
+        Some(rejected) => {
+            reload::reject(&shared, rejected);
+            tracing::error!(revision = %shared.snapshot.load().config.revision,
+                "started on the configuration that was accepted last: the directory is broken");
+        }
+    }
     watched("the watch on the configuration", &ended, reload::watch(directory, Arc::clone(&shared), opened, probes));
 
     let mut threads = Vec::new();

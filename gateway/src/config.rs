@@ -22,7 +22,7 @@ use isochrone_core::region::Region;
 use isochrone_core::residency::Residency;
 use isochrone_core::{course, live, stall, steer};
 
-pub use build::load;
+pub use build::{copy, load};
 pub use document::Problem;
 
 use crate::geo::Database;
@@ -74,6 +74,8 @@ pub struct Config {
     pub telemetry: Telemetry,
     /// How long the directory must be quiet before a change is read.
     pub settle: Duration,
+    /// The one revision that may remove more than half of the endpoints.
+    pub allow_large_change: Box<str>,
     /// The regions, by name.
     pub regions: Vec<RegionConfig>,
     /// The tenants, by name.

@@ -113,6 +113,14 @@ pub struct Parts {
 /// # Errors
 /// The problems of the directory, or what is wrong with the question, each in a line.
 pub fn offline(directory: &Path, question: &Question) -> Result<Explanation, Vec<String>> {
+    explain(&well(directory)?, question, Time(2)).map_err(|error| vec![error])
+}
+
+/// A directory's snapshot in which everybody is well, and nothing is measured.
+///
+/// # Errors
+/// The problems of the directory, each in a line.
+pub(crate) fn well(directory: &Path) -> Result<Snapshot, Vec<String>> {
     let config = config::load(directory, &mut Opened::default())
         .map_err(|rejected| rejected.problems.iter().map(ToString::to_string).collect::<Vec<_>>())?;
     let snapshot = Snapshot::compile(Config { cores: 1, ..config }, None);
@@ -121,7 +129,7 @@ pub fn offline(directory: &Path, question: &Question) -> Result<Explanation, Vec
         // Not refreshed afterwards: that no round trip was measured is what steering is to see.
         endpoint.live.probed(well, Time(1), &snapshot.fleet.rules);
     }
-    explain(&snapshot, question, Time(2)).map_err(|error| vec![error])
+    Ok(snapshot)
 }
 
 /// Explains by a snapshot with its live state.

@@ -10,6 +10,8 @@ mod app;
 
 mod reload;
 
+mod kept;
+
 mod snapshot;
 
 mod listener;
@@ -45,6 +47,10 @@ mod event;
 mod text;
 
 pub mod explain;
+
+pub mod diff;
+
+pub mod apply;
 
 mod probe;
 

@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use isochrone_gateway::apply::{self, Applied};
 use isochrone_gateway::config::{self, Opened};
+use isochrone_gateway::diff;
 use isochrone_gateway::explain::{self, Question};
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -42,6 +44,29 @@ enum Command {
     },
     /// Tell where a client's request would go, and why. Exits 1 if nowhere.
     Explain(Explain),
+    /// Tell who would move, lose a fallback, or be let into more places, if NEW took the place of OLD. Exits 1 if a
+    /// residency widens.
+    Diff {
+        /// The configuration that is there.
+        #[arg(value_name = "OLD_DIR")]
+        old: PathBuf,
+        /// The configuration that would be.
+        #[arg(value_name = "NEW_DIR")]
+        new: PathBuf,
+        #[command(flatten)]
+        options: DiffOptions,
+    },
+    /// Check a configuration, tell the difference, and put it into another's place in one step.
+    Apply {
+        /// The configuration that shall be.
+        #[arg(value_name = "NEW_DIR")]
+        new: PathBuf,
+        /// The directory that a gateway serves. What was there is kept beside it, as .NAME.replaced.
+        #[arg(long, value_name = "DIR")]
+        config: PathBuf,
+        #[command(flatten)]
+        options: DiffOptions,
+    },
     /// Work with API keys.
     #[command(subcommand)]
     Key(Key),
@@ -78,6 +103,19 @@ struct Explain {
     json: bool,
 }
 
+#[derive(Args)]
+struct DiffOptions {
+    /// A gateway's access log: its requests are asked about, instead of addresses from all over the Internet.
+    #[arg(long, value_name = "FILE")]
+    sample: Option<PathBuf>,
+    /// A residency that widens is meant.
+    #[arg(long)]
+    allow_residency_change: bool,
+    /// For programs.
+    #[arg(long)]
+    json: bool,
+}
+
 #[derive(Subcommand)]
 enum Key {
     /// Make a key. It is shown once; tenants.toml gets its hash.
@@ -97,6 +135,10 @@ fn main() -> ExitCode {
         Command::Serve { config } => serve(&config),
         Command::Check { config, json } => check(&config, json, &mut out),
         Command::Explain(arguments) => explain(arguments, &mut out),
+        Command::Diff { old, new, options } => {
+            compare(&old, &new, &options, &mut out).map(|well| if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Command::Apply { new, config, options } => apply(&new, &config, &options, &mut out),
         Command::Key(Key::New { tenant, json }) => new_key(&tenant, json, &mut out),
     };
     // A reader that has gone away has read what it wanted.
@@ -152,6 +194,54 @@ fn explain(arguments: Explain, out: &mut impl Write) -> std::io::Result<ExitCode
         write!(out, "{}", explain::table(&explanation))?;
     }
     Ok(if explanation["pick"].is_null() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Tells the difference, and whether it may be.
+fn compare(
+    old: &std::path::Path,
+    new: &std::path::Path,
+    options: &DiffOptions,
+    out: &mut impl Write,
+) -> std::io::Result<bool> {
+    match diff::diff(old, new, options.sample.as_deref()) {
+        Ok(diff) => {
+            if options.json {
+                writeln!(out, "{}", json!(diff))?;
+            } else {
+                write!(out, "{}", diff.table())?;
+            }
+            Ok(diff.residency_widens.is_empty() || options.allow_residency_change)
+        }
+        Err(problems) => {
+            problems.iter().try_for_each(|problem| writeln!(out, "{problem}"))?;
+            Ok(false)
+        }
+    }
+}
+
+fn apply(
+    new: &std::path::Path,
+    directory: &std::path::Path,
+    options: &DiffOptions,
+    out: &mut impl Write,
+) -> std::io::Result<ExitCode> {
+    // A directory that is broken, or is not there yet, has nothing to be compared with.
+    if config::load(directory, &mut Opened::default()).is_ok() && !compare(directory, new, options, out)? {
+        writeln!(
+            std::io::stderr(),
+            "isochrone: not applied; --allow-residency-change says that a residency may widen"
+        )?;
+        return Ok(ExitCode::FAILURE);
+    }
+    match apply::apply(new, directory) {
+        Ok(Applied::Nothing) => writeln!(std::io::stderr(), "it is in place already")?,
+        Ok(Applied::Replaced(old)) => writeln!(std::io::stderr(), "applied; what was there: {}", old.display())?,
+        Err(problems) => {
+            problems.iter().try_for_each(|problem| writeln!(out, "{problem}"))?;
+            return Ok(ExitCode::FAILURE);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn new_key(tenant: &str, json: bool, out: &mut impl Write) -> std::io::Result<ExitCode> {

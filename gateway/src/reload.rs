@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 
 use crate::app::Shared;
 use crate::config::{self, Config, Opened, Rejected};
+use crate::kept;
 use crate::probe::Probes;
 use crate::snapshot::Snapshot;
 
@@ -42,12 +43,13 @@ pub(crate) async fn watch(directory: PathBuf, shared: Arc<Shared>, mut opened: O
             Ok(read) => read,
             Err(error) => return error.to_string(),
         };
-        match result {
+        match result.and_then(|config| small_enough(&shared.snapshot.load().config, config, &directory)) {
             Ok(config) => {
                 accept(&shared, config);
                 probes.follow();
+                opened = kept(&shared, &directory, opened).await;
             }
-            Err(rejected) => reject(&shared, rejected),
+            Err(rejected) => reject(&shared, &rejected),
         }
         // Whether accepted or not: a directory may have been replaced by another of the same name.
         watched.follow(&shared.snapshot.load().config, &directory);
@@ -91,16 +93,50 @@ fn accept(shared: &Shared, config: Config) {
     state.rejected = None;
 }
 
+/// A directory that was emptied by mistake must not empty the fleet.
+fn small_enough(before: &Config, after: Config, directory: &Path) -> Result<Config, Rejected> {
+    let ids = |config: &Config| -> BTreeSet<Box<str>> {
+        config.regions.iter().flat_map(|region| region.endpoints.iter().map(|endpoint| endpoint.id.clone())).collect()
+    };
+    let (old, new) = (ids(before), ids(&after));
+    let gone = old.difference(&new).count();
+    if gone * 2 <= old.len() || after.allow_large_change == after.revision {
+        return Ok(after);
+    }
+    let message = format!(
+        "this would remove {gone} of {} endpoints; if it is meant, set reload.allow_large_change = \"{}\"",
+        old.len(),
+        after.revision
+    );
+    let file = directory.join("gateway.toml");
+    let problem = config::Problem { file, line: 0, column: 0, message };
+    Err(Rejected { revision: after.revision, problems: vec![problem] })
+}
+
+/// Keeps what is in force beside the directory.
+pub(crate) async fn kept(shared: &Arc<Shared>, directory: &Path, mut opened: Opened) -> Opened {
+    let (snapshot, directory) = (shared.snapshot.load_full(), directory.to_owned());
+    let keep = move || (kept::keep(&snapshot.config, &directory, &mut opened), opened);
+    match tokio::task::spawn_blocking(keep).await {
+        Ok((Ok(()), opened)) => opened,
+        Ok((Err(why), opened)) => {
+            tracing::warn!(why, "the accepted configuration is not kept: a start with a broken directory will fail");
+            opened
+        }
+        Err(_) => Opened::default(),
+    }
+}
+
 fn addresses(config: &Config) -> BTreeSet<std::net::SocketAddr> {
     config.listeners.iter().map(|listener| listener.address).collect()
 }
 
-fn reject(shared: &Shared, rejected: Rejected) {
+pub(crate) fn reject(shared: &Shared, rejected: &Rejected) {
     for problem in &rejected.problems {
         tracing::error!(file = %problem.file.display(), line = problem.line, column = problem.column,
             reason = problem.message, rejected = %rejected.revision, "configuration rejected; the old one stays in force");
     }
-    shared.config_state.lock().rejected = Some(rejected);
+    shared.config_state.lock().rejected = Some(rejected.clone());
 }
 
 /// The directories being watched.

@@ -26,6 +26,9 @@ use crate::tls;
 /// Every setting with its default.
 const REFERENCE: &str = include_str!("../../../config/reference.toml");
 
+/// The setting that permits one revision.
+const PERMISSION: &str = "allow_large_change";
+
 /// The longest pause after overload replies.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
@@ -156,6 +159,7 @@ impl Builder<'_> {
                 full_addresses: gateway.telemetry.full_addresses,
             },
             settle: gateway.reload.settle.0,
+            allow_large_change: gateway.reload.allow_large_change,
             regions,
             tenants,
             files: std::mem::take(&mut self.files),
@@ -172,8 +176,12 @@ impl Builder<'_> {
             Ok(document) => {
                 // Name and length too, so that moving text from one file to the next is another revision.
                 self.digest.update(path.file_name().unwrap_or_default().as_encoded_bytes());
-                self.digest.update(document.text.len().to_le_bytes());
-                self.digest.update(&document.text);
+                // A permission for a revision is no part of it: it could not be named in itself.
+                let lines =
+                    document.text.split_inclusive('\n').filter(|line| !line.trim_start().starts_with(PERMISSION));
+                let text: String = lines.collect();
+                self.digest.update(text.len().to_le_bytes());
+                self.digest.update(&text);
                 Some(document)
             }
             Err(problem) => {
@@ -913,6 +921,29 @@ fn target(
     Ok(Target { authority, address, tls, http2 })
 }
 
+/// Copies what a configuration consists of to another directory: its files, and those they name that lie among them.
+///
+/// # Errors
+/// A file cannot be read or written.
+pub fn copy(config: &Config, from: &Path, to: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(to.join("regions"))?;
+    let mut files = toml_files(from)?;
+    files.extend(toml_files(&from.join("regions"))?);
+    files.extend(config.files.iter().filter(|file| file.starts_with(from) && file.is_file()).cloned());
+    for file in files {
+        let Ok(name) = file.strip_prefix(from) else { continue };
+        // A path that leads out again is none of those that lie here.
+        if name.components().any(|part| part == std::path::Component::ParentDir) {
+            continue;
+        }
+        if let Some(parent) = to.join(name).parent() {
+            std::fs::create_dir_all(parent)?;
+        }
+        std::fs::copy(&file, to.join(name))?;
+    }
+    Ok(())
+}
+
 /// The TOML files of a directory by name, without those that editors leave about.
 fn toml_files(directory: &Path) -> std::io::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
@@ -927,9 +958,9 @@ fn toml_files(directory: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// The same file however its path is written: the first reading may be of a relative one.
+/// The same file however its path is written: one reading may be of a relative one, another of the directory that was kept.
 fn absolute(path: &Path) -> PathBuf {
-    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+    std::fs::canonicalize(path).or_else(|_| std::path::absolute(path)).unwrap_or_else(|_| path.to_owned())
 }
 
 fn instance(written: &str) -> Box<str> {

@@ -257,6 +257,7 @@ pub(super) struct Telemetry {
 #[serde(deny_unknown_fields)]
 pub(super) struct Reload {
     pub(super) settle: Length,
+    pub(super) allow_large_change: Box<str>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -9,6 +9,8 @@ mod capacity;
 
 mod clients;
 
+mod diff;
+
 mod embeddings;
 
 mod explain;

@@ -138,3 +138,60 @@ async fn a_tightened_residency_holds_at_once() {
         })
         .await;
 }
+
+#[tokio::test]
+async fn a_start_with_a_broken_directory_comes_up_on_what_was_accepted_last() {
+    let mut world = World::start("kept", Plan::default()).await;
+    let revision = world.admin("/api/config").await.expect("a configuration")["revision"].clone();
+    assert!(world.gateway.as_mut().expect("started").terminate().success());
+    let good = std::fs::read_to_string(world.region_file("us-east")).expect("readable");
+    std::fs::write(world.region_file("us-east"), good.replace("country", "contry")).expect("written");
+    world.start_gateway().await;
+    let config = world.admin("/api/config").await.expect("a configuration");
+    assert_eq!(config["revision"], revision, "the accepted one");
+    assert!(config["rejected"]["errors"].to_string().contains("did you mean `country`"), "{config}");
+    let log = world.gateway.as_ref().expect("started").log();
+    assert!(log.contains("started on the configuration that was accepted last"), "{log}");
+    let answer = world.ask(Ask::from(GERMANY)).await;
+    assert_eq!((answer.status, answer.header("isochrone-region")), (StatusCode::OK, "eu-west"));
+    // The directory is watched still: once it is whole, it counts.
+    let changed = good.replace("latitude = 39.04", "latitude = 39.05");
+    assert_ne!(changed, good);
+    std::fs::write(world.region_file("us-east"), changed).expect("written");
+    world
+        .until("the whole one is accepted", async |world| {
+            let config = world.admin("/api/config").await?;
+            (config["rejected"] == Value::Null && config["revision"] != revision).then_some(())
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_change_that_would_empty_the_fleet_has_to_be_meant() {
+    let world = World::start("large", Plan::default()).await;
+    // Out of the directory at once, as a bad checkout does it.
+    for region in ["eu-west", "us-east"] {
+        std::fs::rename(world.region_file(region), world.folder.join(region)).expect("moved");
+    }
+    let refused = world
+        .until("the refusal is told", async |world| {
+            let config = world.admin("/api/config").await?;
+            config["rejected"].is_object().then_some(config)
+        })
+        .await;
+    let revision = refused["rejected"]["revision"].as_str().expect("a revision").to_owned();
+    let errors = refused["rejected"]["errors"].to_string();
+    assert!(errors.contains("2 of 3 endpoints") && errors.contains(&revision), "{errors}");
+    assert_eq!(world.regions().await.expect("regions").as_array().map(Vec::len), Some(3));
+    let file = world.config().join("gateway.toml");
+    let text = std::fs::read_to_string(&file).expect("readable");
+    // It permits that revision, and is no part of it.
+    world.replace(&file, &format!("{text}\n[reload]\nallow_large_change = \"{revision}\"\n"));
+    world
+        .until("it is accepted", async |world| {
+            let config = world.admin("/api/config").await?;
+            (config["revision"] == revision.as_str()).then_some(())
+        })
+        .await;
+    assert_eq!(world.regions().await.expect("regions").as_array().map(Vec::len), Some(1));
+}

@@ -1,0 +1,61 @@
+//! One configuration takes another's place in one step: a gateway that watches sees the old one or the new one, never a
+//! half, as a checkout in place would show it.
+
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+use crate::config::{self, Opened};
+
+/// What was done.
+#[derive(Debug)]
+pub enum Applied {
+    /// It was in place already.
+    Nothing,
+    /// It is in place; what was there before is kept here.
+    Replaced(PathBuf),
+}
+
+/// Copies `new` beside `directory`, reads the copy as a gateway would, and exchanges the two.
+///
+/// # Errors
+/// The problems of the new configuration, at its own place or at the other's, or what the file system refused, each in a
+/// line. Then nothing has changed.
+pub fn apply(new: &Path, directory: &Path) -> Result<Applied, Vec<String>> {
+    let lines = |rejected: config::Rejected| rejected.problems.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let told = |place: &Path, error: &dyn std::fmt::Display| vec![format!("{}: {error}", place.display())];
+    let absolute = |path: &Path| std::path::absolute(path).map_err(|error| told(path, &error));
+    let (new, directory) = (absolute(new)?, absolute(directory)?);
+    let wanted = config::load(&new, &mut Opened::default()).map_err(lines)?;
+    if config::load(&directory, &mut Opened::default()).is_ok_and(|now| now.revision == wanted.revision) {
+        return Ok(Applied::Nothing);
+    }
+    if directory.is_symlink() {
+        return Err(told(&directory, &"it is a link; check the new directory and point the link there"));
+    }
+    let name =
+        directory.file_name().and_then(|name| name.to_str()).ok_or_else(|| told(&directory, &"it has no name"))?;
+    let [ready, replaced] = ["applying", "replaced"].map(|word| directory.with_file_name(format!(".{name}.{word}")));
+    for place in [&ready, &replaced] {
+        match std::fs::remove_dir_all(place) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(told(place, &error)),
+            _ => {}
+        }
+    }
+    config::copy(&wanted, &new, &ready).map_err(|error| told(&ready, &error))?;
+    // Paths in it are relative: they mean other files here, and must mean equal ones.
+    let there = config::load(&ready, &mut Opened::default()).map_err(lines)?;
+    if there.revision != wanted.revision {
+        return Err(told(
+            &new,
+            &"what its files name is not the same from the other place; write those paths absolute",
+        ));
+    }
+    if directory.exists() {
+        renameat_with(CWD, &ready, CWD, &directory, RenameFlags::EXCHANGE).map_err(|error| told(&directory, &error))?;
+        std::fs::rename(&ready, &replaced).map_err(|error| told(&replaced, &error))?;
+    } else {
+        std::fs::rename(&ready, &directory).map_err(|error| told(&directory, &error))?;
+    }
+    Ok(Applied::Replaced(replaced))
+}
