@@ -28,6 +28,7 @@ use tower::limit::GlobalConcurrencyLimitLayer;
 use tower_http::CompressionLevel;
 use tower_http::compression::CompressionLayer;
 use tower_http::decompression::RequestDecompressionLayer;
+use tower_http::timeout::RequestBodyTimeoutLayer;
 use tracing::{Instrument, Span, field, info_span};
 
 use crate::app::State;
@@ -42,6 +43,12 @@ pub(crate) const MODEL_DIGEST: &str = "isochrone-model-digest";
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 pub(crate) const X_REQUEST_TIMEOUT: &str = "x-request-timeout-ms";
 
+/// The longest silence of a body that is being read.
+const BODY_SILENCE_MAX: Duration = Duration::from_secs(30);
+
+/// The largest body of a call to the repository, in bytes.
+const CONTROL_BODY_MAX: usize = 64 << 10;
+
 pub(crate) fn router(state: Arc<State>) -> Router {
     // Each request in flight holds its body: so many, and no more. Probes are never refused for want of a place.
     let bound = ServiceBuilder::new()
@@ -50,13 +57,25 @@ pub(crate) fn router(state: Arc<State>) -> Router {
         .layer(GlobalConcurrencyLimitLayer::with_semaphore(Arc::clone(&state.places)));
     // Inflated as it is read, and held to the same bound: a small body that swells is cut off there.
     let inflate = RequestDecompressionLayer::new();
+    // A body that stands still gives its place back.
+    let moving = RequestBodyTimeoutLayer::new(BODY_SILENCE_MAX);
     let infer = Router::new()
         .route("/v2/models/{model}/infer", post(oip::infer))
         .route("/v2/models/{model}/versions/{version}/infer", post(oip::infer_of_version))
         // Only here: OpenAI's SDKs offer gzip unasked, and floats in base64 are not worth its time.
         // And only answers: clients inflate no refusal.
         .route_layer(CompressionLayer::new().quality(CompressionLevel::Fastest).compress_when(is_answer));
-    let computing = infer.route("/v1/embeddings", post(openai::embeddings)).route_layer(inflate).route_layer(bound);
+    let computing = infer
+        .route("/v1/embeddings", post(openai::embeddings))
+        .route_layer(inflate)
+        .route_layer(moving)
+        .route_layer(bound);
+    // Read before anybody has shown a key.
+    let control = Router::new()
+        .route("/v2/repository/index", post(control::index))
+        .route("/v2/repository/models/{model}/load", post(control::load))
+        .route("/v2/repository/models/{model}/unload", post(control::unload))
+        .layer(DefaultBodyLimit::max(CONTROL_BODY_MAX));
     Router::new()
         .merge(computing)
         .route("/v2", get(oip::server))
@@ -72,15 +91,13 @@ pub(crate) fn router(state: Arc<State>) -> Router {
         .route("/v2/models/{model}/versions/{version}/ready", get(oip::model_ready_of_version))
         .route("/v2/models/{model}/versions/{version}/config", get(oip::config_of_version))
         .route("/v2/models/{model}/versions/{version}/stats", get(oip::statistics_of_version))
-        .route("/v2/repository/index", post(control::index))
-        .route("/v2/repository/models/{model}/load", post(control::load))
-        .route("/v2/repository/models/{model}/unload", post(control::unload))
         .route("/v1/models", get(openai::models))
         .route("/v1/models/{model}", get(openai::model))
         .route("/metrics", get(metrics::metrics))
         .fallback(nothing_here)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(state.max_body))
+        .merge(control)
         .layer(axum::middleware::from_fn_with_state(Arc::clone(&state), around))
         .with_state(state)
 }
@@ -202,10 +219,10 @@ fn server_span(request: &Request) -> Span {
     }
 }
 
-/// How long the client waits: what its header says.
-fn timeout(headers: &HeaderMap) -> Option<Duration> {
+/// When the client stops waiting, by its header.
+fn deadline(headers: &HeaderMap) -> Option<Instant> {
     let text = headers.get(X_REQUEST_TIMEOUT)?.to_str().ok()?;
-    text.parse().ok().map(Duration::from_millis)
+    Instant::now().checked_add(Duration::from_millis(text.parse().ok()?))
 }
 
 /// What every answer of a model carries: which one it was.

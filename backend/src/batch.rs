@@ -49,7 +49,7 @@ pub(crate) fn decide(
 ) -> Decision {
     let mut front = queue.clone();
     let Some(first) = front.next() else { return Decision::Wait(None) };
-    let all_rows: usize = queue.map(|waiting| waiting.rows).sum();
+    let all_rows = queue.map(|waiting| waiting.rows).fold(0, usize::saturating_add);
     let share = all_rows.div_ceil(idle.max(1));
     let (mut count, mut rows, mut cost) = (1, first.rows, first.cost);
     let mut due = due(&first, policy.delay);
@@ -63,16 +63,16 @@ pub(crate) fn decide(
             full = true;
             break;
         }
+        due = due.min(self::due(&next, policy.delay));
         if rows >= share {
-            // Another idle instance will take the rest; this one need not wait to do its part.
+            // Another idle instance takes the rest.
             break;
         }
         count += 1;
         rows += next.rows;
         cost += next.cost;
-        due = due.min(self::due(&next, policy.delay));
     }
-    if full || rows >= policy.rows_max || cost >= policy.cost_max || due <= now {
+    if full || all_rows >= policy.rows_max || cost >= policy.cost_max || due <= now {
         Decision::Take(count)
     } else {
         Decision::Wait(Some(due))
@@ -132,6 +132,14 @@ mod tests {
         assert_eq!(decided(&[soon], 1, began), Decision::Wait(Some(began + Duration::from_millis(2))));
         let close = Waiting { deadline: Some(began + Duration::from_millis(3)), ..soon };
         assert_eq!(decided(&[waiting(began, 1, 1), close], 1, began), Decision::Take(2));
+    }
+
+    #[test]
+    fn a_close_deadline_counts_beyond_the_share() {
+        let began = Instant::now();
+        let close = Waiting { deadline: Some(began + Duration::from_millis(3)), ..waiting(began, 1, 1) };
+        assert_eq!(decided(&[waiting(began, 1, 1), close], 2, began), Decision::Take(1));
+        assert_eq!(decided(&[waiting(began, 1, 1); 4], 2, began), Decision::Take(2), "a full batch, shared");
     }
 
     #[test]

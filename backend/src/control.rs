@@ -82,10 +82,20 @@ fn permitted(state: &State, authorization: Option<&[u8]>) -> Result<(), Error> {
 ///
 /// # Errors
 /// The thread that reads the directory failed.
-pub(crate) async fn entries(state: &Arc<State>, ready: bool) -> Result<Vec<Entry>, Error> {
+///
+/// Why one is not ready may name files and a library's words, so only the operator is told.
+pub(crate) async fn entries(
+    state: &Arc<State>,
+    ready: bool,
+    authorization: Option<&[u8]>,
+) -> Result<Vec<Entry>, Error> {
+    let told = permitted(state, authorization).is_ok();
     let state = Arc::clone(state);
     let entries = tokio::task::spawn_blocking(move || state.repository.index()).await;
     let mut entries = entries.map_err(|_| Error::internal("the models could not be listed"))?;
     entries.retain(|entry| entry.ready || !ready);
+    for entry in entries.iter_mut().filter(|entry| !told && !entry.reason.is_empty()) {
+        entry.reason = "the operator's key shows the reason".to_owned();
+    }
     Ok(entries)
 }

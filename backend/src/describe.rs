@@ -64,8 +64,7 @@ pub(crate) fn config_type(datatype: Datatype) -> String {
 
 /// The sizes in a model's configuration: without the rows, where the model is batched.
 pub(crate) fn dims<'a>(spec: &Spec, tensor: &'a TensorSpec) -> &'a [i64] {
-    let batched = max_batch_size(spec) > 0 && tensor.shape.len() > 1;
-    if batched { &tensor.shape[1..] } else { &tensor.shape }
+    if max_batch_size(spec) > 0 { &tensor.shape[1..] } else { &tensor.shape }
 }
 
 /// 0 says that the first dimension is not one of rows. Texts have no other dimension, so for them it stays.

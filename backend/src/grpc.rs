@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::State as Shared;
@@ -13,10 +13,11 @@ use axum::middleware::Next;
 use axum::response::Response as HttpResponse;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
+use tokio_util::task::AbortOnDropHandle;
 use tonic::codec::CompressionEncoding;
 use tonic::metadata::MetadataMap;
 use tonic::service::Routes;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 use tracing::Span;
 
 use self::proto::infer_parameter::ParameterChoice;
@@ -70,8 +71,8 @@ pub(crate) async fn router(state: Arc<State>) -> Result<(Router, Health), String
         .max_decoding_message_size(state.max_body)
         .max_encoding_message_size(usize::MAX)
         .accept_compressed(CompressionEncoding::Gzip)
-        .accept_compressed(CompressionEncoding::Deflate)
-        .send_compressed(CompressionEncoding::Gzip);
+        // Answers are not: clients offer it unasked, and numbers hardly shrink.
+        .accept_compressed(CompressionEncoding::Deflate);
     let described = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
@@ -90,16 +91,25 @@ pub(crate) async fn router(state: Arc<State>) -> Result<(Router, Health), String
     Ok((router.layer(bound).layer(around), Health(reporter)))
 }
 
-/// Takes a place for an inference before its message is read: each in flight holds its own. The requests of a stream take
-/// theirs one by one.
+/// Takes a place before a message is read: each in flight holds its own. The requests of a stream take theirs one by one,
+/// and probes are never refused for want of a place.
 async fn bounded(Shared(state): Shared<Arc<State>>, request: axum::extract::Request, next: Next) -> HttpResponse {
-    if !request.uri().path().ends_with("/ModelInfer") {
-        return next.run(request).await;
+    let method = request.uri().path().strip_prefix("/inference.GRPCInferenceService/");
+    let free = method.is_none_or(|method| matches!(method, "ServerLive" | "ServerReady" | "ModelStreamInfer"));
+    let place = if free { None } else { state.places.try_acquire().ok() };
+    if !free && place.is_none() {
+        return Status::from(Error::overloaded(Dialect::Oip)).into_http();
     }
-    match state.places.try_acquire() {
-        Ok(_place) => next.run(request).await,
-        Err(_) => Status::from(Error::overloaded(Dialect::Oip)).into_http(),
+    let mut response = next.run(request).await;
+    // What cannot be read is the client's mistake; the library below calls it ours, and a gateway would hold that against us.
+    const UNREADABLE: [&str; 3] = ["failed to decode Protobuf", "Error decompressing", "Unexpected EOF"];
+    let status = Status::from_header_map(response.headers());
+    if let Some(status) = status.filter(|status| status.code() == Code::Internal)
+        && UNREADABLE.iter().any(|words| status.message().starts_with(words))
+    {
+        response = Status::invalid_argument(status.message()).into_http();
     }
+    response
 }
 
 /// Says over gRPC's health protocol whether the worker takes requests.
@@ -143,8 +153,9 @@ impl GrpcInferenceService for Service {
 
     async fn model_ready(&self, request: Request<ModelReadyRequest>) -> Answer<ModelReadyResponse> {
         let ModelReadyRequest { name, version } = request.into_inner();
-        self.found(&name, &version)?;
-        Ok(Response::new(ModelReadyResponse { ready: self.0.ready.load(Relaxed) }))
+        // One that is not here is not ready: whoever has unloaded it asks just that.
+        let ready = self.found(&name, &version).is_ok() && self.0.ready.load(Relaxed);
+        Ok(Response::new(ModelReadyResponse { ready }))
     }
 
     async fn server_metadata(&self, _: Request<ServerMetadataRequest>) -> Answer<ServerMetadataResponse> {
@@ -180,9 +191,9 @@ impl GrpcInferenceService for Service {
     }
 
     async fn model_infer(&self, request: Request<ModelInferRequest>) -> Answer<ModelInferResponse> {
-        let waits = timeout(request.metadata());
+        let deadline = timeout(request.metadata()).and_then(|waits| Instant::now().checked_add(waits));
         let span = span(&request);
-        let (answer, loaded) = infer(&self.0, request.into_inner(), waits, &span).await?;
+        let (answer, loaded) = infer(&self.0, request.into_inner(), deadline, &span).await?;
         Ok(identified(answer, &loaded))
     }
 
@@ -196,7 +207,8 @@ impl GrpcInferenceService for Service {
         let span = span(&request);
         let answers = request.into_inner().map(move |asked| {
             let (state, span) = (Arc::clone(&state), span.clone());
-            async move {
+            // A task of its own, so that it ends and gives its place back though its client reads nothing.
+            let answered = tokio::spawn(async move {
                 // What breaks the stream itself ends it; what is wrong with one request is its own answer.
                 let asked = asked?;
                 let id = asked.id.clone();
@@ -216,7 +228,9 @@ impl GrpcInferenceService for Service {
                         infer_response: Some(ModelInferResponse { id, ..ModelInferResponse::default() }),
                     },
                 })
-            }
+            });
+            let answered = AbortOnDropHandle::new(answered);
+            async move { answered.await.unwrap_or_else(|_| Err(Error::internal("it failed").into())) }
         });
         // After a broken request there is no other: the stream ends with its status.
         let answers = answers.buffered(STREAM_AHEAD).scan(false, |broken, answer| {
@@ -241,7 +255,8 @@ impl GrpcInferenceService for Service {
     }
 
     async fn repository_index(&self, request: Request<RepositoryIndexRequest>) -> Answer<RepositoryIndexResponse> {
-        let entries = entries(&self.0, request.into_inner().ready).await?;
+        let (metadata, _, RepositoryIndexRequest { ready, .. }) = request.into_parts();
+        let entries = entries(&self.0, ready, authorization(&metadata)).await?;
         let one = |entry: crate::repository::Entry| ModelIndex {
             name: entry.name,
             version: entry.version,
@@ -314,7 +329,7 @@ fn identified<T>(answer: T, loaded: &Loaded) -> Response<T> {
 async fn infer(
     state: &State,
     request: ModelInferRequest,
-    waits: Option<Duration>,
+    deadline: Option<Instant>,
     span: &Span,
 ) -> Result<(ModelInferResponse, Arc<Loaded>), Status> {
     let wrong = |message: String| Error::wrong(Dialect::Oip, message);
@@ -332,10 +347,19 @@ async fn infer(
     }
     // Microseconds, as over HTTP.
     let own = match parameter("timeout") {
-        Some(ParameterChoice::Int64Param(micros)) => u64::try_from(*micros).ok().map(Duration::from_micros),
-        Some(ParameterChoice::Uint64Param(micros)) => Some(Duration::from_micros(*micros)),
+        Some(ParameterChoice::Int64Param(micros)) => u64::try_from(*micros).ok(),
+        Some(ParameterChoice::Uint64Param(micros)) => Some(*micros),
         _ => None,
     };
+    // Zero is none.
+    let own = own.filter(|&micros| micros > 0).map(Duration::from_micros);
+    let deadline = own.and_then(|own| Instant::now().checked_add(own)).into_iter().chain(deadline).min();
+    if let Some(output) = request.outputs.iter().find(|output| {
+        output.parameters.contains_key("classification") || output.parameters.contains_key("shared_memory_region")
+    }) {
+        let message = format!("output `{:.100}`: neither classes nor shared memory are given here", output.name);
+        return Err(wrong(message).into());
+    }
     let outputs = infer::requested(&loaded, request.outputs.iter().map(|output| &*output.name)).map_err(wrong)?;
     let raw = &request.raw_input_contents;
     if !raw.is_empty() && raw.len() != request.inputs.len() {
@@ -351,7 +375,7 @@ async fn infer(
         elements(&request.inputs[at], raw.get(at), datatype, count)
     });
     let input = infer::input(&loaded, tensors.map_err(wrong)?).await.map_err(wrong)?;
-    let done = infer::run(&loaded, input, waits.into_iter().chain(own).min(), span).await?;
+    let done = infer::run(&loaded, input, deadline, span).await?;
     let mut answer = ModelInferResponse {
         model_name: loaded.found.name.clone(),
         model_version: loaded.found.version.clone(),

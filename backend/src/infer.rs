@@ -6,18 +6,25 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use isochrone_telemetry::trace;
 use opentelemetry::KeyValue;
+use tokio::sync::Semaphore;
 use tracing::Span;
 
 use crate::error::Error;
 use crate::model::{Kind, TensorSpec};
 use crate::repository::Loaded;
-use crate::runner::{Done, RunError, Times, deadline};
+use crate::runner::{Done, RunError, Times};
 use crate::runtime::Input;
 use crate::tensor::{self, Datatype, Tensor, element_count};
 use crate::text::{INLINE_BYTES_MAX, Tokenizer};
 
 /// The most texts of one request.
 pub(crate) const TEXTS_MAX: usize = 2048;
+
+/// The largest size of a tensor that has no element.
+const EMPTY_SIZE_MAX: i64 = 4096;
+
+/// The longest text, in bytes. Only its first tokens count, but all of it has to be read to find them.
+const TEXT_BYTES_MAX: usize = 1 << 20;
 
 /// An input as it was given, but for its elements.
 #[derive(Debug)]
@@ -61,6 +68,12 @@ pub(crate) fn matched(
             return Err(format!("input `{name}` has shape {given:?}; the model takes {:?}", spec.shape));
         }
         let count = element_count(shape).ok_or_else(|| format!("input `{name}`: the shape {shape:?} is too large"))?;
+        // Without elements nothing stands behind the sizes, and a module may still make much of them.
+        if count == 0 && shape.iter().any(|&size| size > EMPTY_SIZE_MAX) {
+            return Err(format!(
+                "input `{name}`: the shape {shape:?} has no element, and a size above {EMPTY_SIZE_MAX}"
+            ));
+        }
         let data = elements(at, spec.datatype, count).map_err(|error| format!("input `{name}`: {error}"))?;
         Ok(Tensor { name: name.clone(), datatype: spec.datatype, shape: shape.to_vec(), data })
     };
@@ -77,6 +90,10 @@ pub(crate) async fn input(loaded: &Arc<Loaded>, tensors: Vec<Tensor>) -> Result<
         Kind::SentenceEncoder => {
             let named = |error: String| format!("input `{}`: {error}", spec.inputs[0].name);
             // `matched` has made sure of one BYTES input.
+            let count = tensors[0].shape.first().copied().unwrap_or_default();
+            if count > TEXTS_MAX as i64 {
+                return Err(named(format!("from 1 to {TEXTS_MAX} texts at once")));
+            }
             let data = tensors.into_iter().next().map(|tensor| tensor.data).unwrap_or_default();
             let texts: Result<Vec<String>, String> = tensor::texts(&data)
                 .map(|element| {
@@ -109,11 +126,17 @@ pub(crate) async fn tokens(loaded: &Arc<Loaded>, texts: Vec<String>) -> Result<V
     if texts.is_empty() || texts.len() > TEXTS_MAX {
         return Err(format!("from 1 to {TEXTS_MAX} texts at once"));
     }
+    if texts.iter().any(|text| text.len() > TEXT_BYTES_MAX) {
+        return Err(format!("a text has at most {TEXT_BYTES_MAX} bytes"));
+    }
     let encode = |tokenizer: &Tokenizer, texts: &[String]| texts.iter().map(|text| tokenizer.encode(text)).collect();
     let no_text = || "this model takes no text".to_owned();
     if texts.iter().map(String::len).sum::<usize>() <= INLINE_BYTES_MAX {
         return encode(loaded.tokenizer.as_ref().ok_or_else(no_text)?, &texts);
     }
+    // Two at a time: more would only take the processors away from the models.
+    static PLACES: Semaphore = Semaphore::const_new(2);
+    let _place = PLACES.acquire().await.map_err(|error| error.to_string())?;
     let loaded = Arc::clone(loaded);
     tokio::task::spawn_blocking(move || encode(loaded.tokenizer.as_ref().ok_or_else(no_text)?, &texts))
         .await
@@ -132,21 +155,26 @@ pub(crate) fn requested<'a>(
     if named.len() == 0 {
         return Ok(specs.iter().collect());
     }
-    named
-        .map(|name| {
-            let found = specs.iter().find(|spec| spec.name == name);
-            found.ok_or_else(|| format!("the model has no output `{name:.100}`"))
-        })
-        .collect()
+    let mut found: Vec<&TensorSpec> = Vec::new();
+    for name in named {
+        let spec = specs.iter().find(|spec| spec.name == name);
+        let spec = spec.ok_or_else(|| format!("the model has no output `{name:.100}`"))?;
+        // Each costs its size again.
+        if found.iter().any(|other| other.name == spec.name) {
+            return Err(format!("output `{name}` is asked for twice"));
+        }
+        found.push(spec);
+    }
+    Ok(found)
 }
 
 /// Runs one request on its model, counts it, and draws its steps into its trace.
 ///
 /// # Errors
 /// Why there is no result.
-pub(crate) async fn run(loaded: &Loaded, input: Input, timeout: Option<Duration>, span: &Span) -> Result<Done, Error> {
+pub(crate) async fn run(loaded: &Loaded, input: Input, deadline: Option<Instant>, span: &Span) -> Result<Done, Error> {
     let (began, rows) = (Instant::now(), input.rows());
-    match loaded.runner.run(input, deadline(timeout)).await {
+    match loaded.runner.run(input, deadline).await {
         Ok(done) => {
             loaded.runner.statistics().succeeded(rows, done.times);
             draw(loaded, &done, span);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -109,7 +110,8 @@ impl Repository {
         let models = self.models.load();
         let versions = models.get(name)?;
         match version {
-            Some(version) => versions.get(&version.parse().ok()?).cloned(),
+            // Its name as the directory has it: neither 01 nor +1.
+            Some(version) => versions.values().find(|loaded| loaded.found.version == version).cloned(),
             None => versions.last_key_value().map(|(_, loaded)| Arc::clone(loaded)),
         }
     }
@@ -143,7 +145,10 @@ impl Repository {
             }
             Ok(versions)
         };
-        match load() {
+        let loaded = load();
+        // Whoever holds on to the old ones keeps them from ending.
+        drop(served);
+        match loaded {
             Ok(versions) => {
                 self.reasons.lock().remove(name);
                 self.replace(name, Some(versions));
@@ -170,6 +175,14 @@ impl Repository {
         self.reasons.lock().insert(name.to_owned(), "unloaded".to_owned());
         self.replace(name, None);
         Ok(())
+    }
+
+    /// Unloads everything, before the process ends: what libtorch holds must be gone when its own end comes. Blocks.
+    pub(crate) fn close(&self) {
+        let _changing = self.changing.lock();
+        for name in self.models().keys() {
+            self.replace(name, None);
+        }
     }
 
     fn replace(&self, name: &str, versions: Option<BTreeMap<u64, Arc<Loaded>>>) {
@@ -230,12 +243,11 @@ fn wait_for_the_last(loaded: Arc<Loaded>) {
     for _ in 0..500 {
         if let Some(loaded) = waiting.take() {
             match Arc::try_unwrap(loaded) {
-                // The handle is dropped here: the threads end.
-                Ok(mut loaded) => threads = loaded.runner.threads(),
+                Ok(loaded) => threads = loaded.runner.stop(),
                 Err(still) => waiting = Some(still),
             }
         }
-        if waiting.is_none() && Runner::ended(&threads) {
+        if waiting.is_none() && threads.iter().all(JoinHandle::is_finished) {
             return;
         }
         std::thread::sleep(STEP);

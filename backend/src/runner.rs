@@ -54,8 +54,8 @@ pub(crate) enum RunError {
     /// The queue is full.
     #[error("the model's queue is full")]
     Full,
-    /// The deadline passed before its turn; nothing was computed.
-    #[error("the deadline passed while the request waited")]
+    /// The deadline passed.
+    #[error("the deadline passed before the model had answered")]
     Expired,
     /// The model failed on this input.
     #[error(transparent)]
@@ -155,13 +155,8 @@ impl Runner {
         &self.shared.statistics
     }
 
-    /// Whether its threads have ended.
-    pub(crate) fn ended(threads: &[std::thread::JoinHandle<()>]) -> bool {
-        threads.iter().all(std::thread::JoinHandle::is_finished)
-    }
-
-    /// Gives its threads away, to wait for their end after it.
-    pub(crate) fn threads(&mut self) -> Vec<std::thread::JoinHandle<()>> {
+    /// Lets its threads end, once nothing waits any more, and gives them away to be waited for.
+    pub(crate) fn stop(mut self) -> Vec<std::thread::JoinHandle<()>> {
         std::mem::take(&mut self.threads)
     }
 
@@ -186,7 +181,14 @@ impl Runner {
             queue.jobs.push_back(job);
         }
         self.shared.wake.notify_one();
-        result.await.unwrap_or(Err(RunError::Gone))
+        let answered = async { result.await.unwrap_or(Err(RunError::Gone)) };
+        match deadline {
+            // Not only when an instance comes round: it may be busy for longer than the client waits.
+            Some(deadline) => {
+                tokio::time::timeout_at(deadline.into(), answered).await.unwrap_or(Err(RunError::Expired))
+            }
+            None => answered.await,
+        }
     }
 }
 
@@ -258,18 +260,12 @@ fn compute(runtime: &mut dyn Runtime, batch: Vec<Job>, shared: &Shared) {
     shared.statistics.batch(rows, took);
     for (result, (reply, queued, waiting)) in results.into_iter().zip(replies) {
         let times = Times { queued, taken, began, ended };
-        let late = waiting.deadline.is_some_and(|deadline| deadline <= Instant::now());
         let done = result.map(|outputs| Done { outputs, times, batch: size }).map_err(RunError::Failed);
-        if reply.send(done).is_err() || late {
-            // Its client left, or stopped waiting, while it was computed.
+        if reply.send(done).is_err() {
+            // Its client left, or its deadline passed, while it was computed.
             shared.statistics.wasted(took.mul_f64(waiting.cost as f64 / cost.max(1) as f64));
         }
     }
-}
-
-/// The deadline that a client's timeout asks for.
-pub(crate) fn deadline(timeout: Option<Duration>) -> Option<Instant> {
-    Instant::now().checked_add(timeout?)
 }
 
 #[cfg(test)]
@@ -307,13 +303,16 @@ mod tests {
     }
 
     fn start(queue: usize, batch_rows: usize) -> (Arc<Runner>, Sender<()>, Receiver<Vec<usize>>) {
+        started(queue, 1, Policy { rows_max: batch_rows, cost_max: 1000, delay: Duration::ZERO })
+    }
+
+    fn started(queue: usize, instances: usize, batch: Policy) -> (Arc<Runner>, Sender<()>, Receiver<Vec<usize>>) {
         let ((go, let_go), (batches, seen)) = (channel(), channel());
         let let_go = Arc::new(Mutex::new(let_go));
-        let batch = Policy { rows_max: batch_rows, cost_max: 1000, delay: Duration::ZERO };
         let load = move || -> Result<Box<dyn Runtime>, String> {
             Ok(Box::new(Held { let_go: Arc::clone(&let_go), batches: batches.clone() }))
         };
-        let runner = Runner::start("held", Bounds { queue, instances: 1, batch }, load).expect("loads");
+        let runner = Runner::start("held", Bounds { queue, instances, batch }, load).expect("loads");
         (Arc::new(runner), go, seen)
     }
 
@@ -354,6 +353,42 @@ mod tests {
         let batches: Vec<Vec<usize>> = seen.iter().collect();
         assert_eq!(batches.concat(), [1, 2, 2, 1, 9], "nothing lost, doubled or reordered");
         assert!(batches.iter().all(|batch| batch.len() == 1 || batch.iter().sum::<usize>() <= 4), "{batches:?}");
+    }
+
+    #[tokio::test]
+    async fn several_instances_and_a_delay_lose_and_mix_up_nothing() {
+        let batch = Policy { rows_max: 8, cost_max: 1000, delay: Duration::from_millis(2) };
+        let (runner, go, seen) = started(1000, 3, batch);
+        (0..2000).for_each(|_| go.send(()).expect("the model listens"));
+        // Bursts, so that instances wait for company, find too much, and sleep in between.
+        for burst in 0..40 {
+            let tasks: Vec<_> = (0..burst % 9).map(|at| (at % 5 + 1, ask(&runner, at % 5 + 1))).collect();
+            for (count, task) in tasks {
+                assert_eq!(task.await.expect("no panic").expect("computed"), count as u64);
+            }
+        }
+        while runner.load() != (0, 0) {
+            tokio::task::yield_now().await;
+        }
+        drop((runner, go));
+        let batches: Vec<Vec<usize>> = seen.iter().collect();
+        assert_eq!(batches.concat().len(), (0..40).map(|burst| burst % 9).sum::<usize>());
+        assert!(batches.iter().all(|batch| batch.iter().sum::<usize>() <= 8), "{batches:?}");
+        assert!(batches.iter().any(|batch| batch.len() > 1), "nothing was ever batched");
+    }
+
+    #[tokio::test]
+    async fn a_deadline_is_answered_though_the_model_is_busy() {
+        let (runner, go, seen) = start(4, 1);
+        let soon = Instant::now() + Duration::from_millis(20);
+        let holding = runner.run(rows(1), Some(soon)).await;
+        assert!(matches!(holding, Err(RunError::Expired)) && soon.elapsed() < Duration::from_secs(5));
+        go.send(()).expect("the model listens");
+        seen.recv().expect("computed");
+        while runner.load().0 > 0 {
+            tokio::task::yield_now().await;
+        }
+        assert!(runner.statistics().snapshot().wasted > Duration::ZERO);
     }
 
     #[tokio::test]

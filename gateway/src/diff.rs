@@ -241,7 +241,9 @@ impl Diff {
         let mut list = |title: &str, lines: &[String]| {
             if !lines.is_empty() {
                 let _ = writeln!(text, "\n{title}");
-                lines.iter().for_each(|line| drop(writeln!(text, "  {line}")));
+                for line in lines {
+                    let _ = writeln!(text, "  {line}");
+                }
             }
         };
         list("RESIDENCY WIDENS", &self.residency_widens);

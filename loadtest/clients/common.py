@@ -23,7 +23,7 @@ def run(about, body):
     """Calls `body(args, checks)`; each script uses the arguments that concern its library."""
     parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("--http", metavar="URL", default="http://127.0.0.1:9101", help="worker or gateway")
-    parser.add_argument("--grpc", metavar="HOST:PORT", default="127.0.0.1:9102", help="worker or gateway")
+    parser.add_argument("--grpc", metavar="HOST:PORT", default="127.0.0.1:9111", help="worker or gateway")
     parser.add_argument("--grpc-tls", action="store_true", help="gRPC over TLS")
     parser.add_argument("--ca", metavar="PEM", help="certificates of the CA to trust, instead of the usual ones")
     parser.add_argument("--key", help="API key, sent as `Authorization: Bearer KEY`")

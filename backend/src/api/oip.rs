@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::body::Bytes;
@@ -12,11 +12,12 @@ use axum::extract::rejection::BytesRejection;
 use axum::extract::{Extension, Path, State as Shared};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header::CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use super::{RequestSpan, envelope, identify, is_ready, timeout};
+use super::{RequestSpan, deadline, envelope, identify, is_ready};
 use crate::app::State;
 use crate::describe;
 use crate::error::{Dialect, Error};
@@ -130,20 +131,21 @@ struct InferRequest<'a> {
     inputs: Vec<InferInput<'a>>,
     #[serde(borrow, default)]
     outputs: Option<Vec<InferOutput<'a>>>,
-    #[serde(default)]
-    parameters: Option<Parameters>,
+    #[serde(borrow, default)]
+    parameters: Option<Parameters<'a>>,
 }
 
 /// The parameters that are acted on; others are passed over, as the protocol has it.
 #[derive(Default, Deserialize)]
-struct Parameters {
+struct Parameters<'a> {
     /// Outputs are binary unless one says otherwise.
     #[serde(default)]
     binary_data_output: bool,
     /// Microseconds that the client waits.
     timeout: Option<u64>,
     /// A number or a text, whose absence or zero means none.
-    sequence_id: Option<Value>,
+    #[serde(borrow)]
+    sequence_id: Option<&'a RawValue>,
 }
 
 #[derive(Deserialize)]
@@ -164,7 +166,7 @@ struct InferInput<'a> {
 #[derive(Default, Deserialize)]
 struct InputParameters {
     binary_data_size: Option<u64>,
-    shared_memory_region: Option<Value>,
+    shared_memory_region: Option<IgnoredAny>,
 }
 
 #[derive(Deserialize)]
@@ -178,8 +180,8 @@ struct InferOutput<'a> {
 #[derive(Default, Deserialize)]
 struct OutputParameters {
     binary_data: Option<bool>,
-    classification: Option<Value>,
-    shared_memory_region: Option<Value>,
+    classification: Option<IgnoredAny>,
+    shared_memory_region: Option<IgnoredAny>,
 }
 
 #[derive(Serialize)]
@@ -234,13 +236,14 @@ async fn compute(
     body: Body,
 ) -> Result<Response, Error> {
     let wrong = |message: String| Error::wrong(Dialect::Oip, message);
+    let (began, asked_by) = (Instant::now(), deadline(headers));
     let loaded = found(state, model, version)?;
     let body = body.map_err(|rejection| Error::new(rejection.status(), Dialect::Oip, rejection.body_text()))?;
     let (json, binary) = envelope::part(&body, headers.get(HEADER_LENGTH).map(HeaderValue::as_bytes)).map_err(wrong)?;
     let request: InferRequest<'_> =
         serde_json::from_slice(&json).map_err(|error| wrong(format!("the body: {error}")))?;
     let parameters = request.parameters.unwrap_or_default();
-    if parameters.sequence_id.is_some_and(|id| id != json!(0) && id != json!("")) {
+    if parameters.sequence_id.is_some_and(|id| !matches!(id.get(), "0" | "\"\"")) {
         return Err(wrong("sequence_id: no model here keeps state between requests".into()));
     }
     let asked = request.outputs.unwrap_or_default();
@@ -260,8 +263,10 @@ async fn compute(
     }
     let tensors = read(&loaded, &request.inputs, &binary).map_err(wrong)?;
     let input = infer::input(&loaded, tensors).await.map_err(wrong)?;
-    let waits = [timeout(headers), parameters.timeout.map(Duration::from_micros)].into_iter().flatten().min();
-    let done = infer::run(&loaded, input, waits, &span.0).await?;
+    // Zero is none.
+    let own = parameters.timeout.filter(|&micros| micros > 0).map(Duration::from_micros);
+    let deadline = [asked_by, own.and_then(|own| began.checked_add(own))].into_iter().flatten().min();
+    let done = infer::run(&loaded, input, deadline, &span.0).await?;
 
     let (mut results, mut attached) = (Vec::new(), Vec::new());
     for (at, spec) in outputs.iter().enumerate() {

@@ -12,7 +12,7 @@ use base64::Engine;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{RequestSpan, identify, timeout};
+use super::{RequestSpan, deadline, identify};
 use crate::app::State;
 use crate::error::{Dialect, Error};
 use crate::infer::{self, TEXTS_MAX, tokens};
@@ -22,8 +22,7 @@ use crate::runtime::Input;
 struct EmbeddingsRequest {
     model: String,
     input: EmbeddingsInput,
-    #[serde(default)]
-    encoding_format: Encoding,
+    encoding_format: Option<Encoding>,
     dimensions: Option<usize>,
 }
 
@@ -72,6 +71,13 @@ pub(crate) async fn embeddings(
     let loaded = state.repository.model(&request.model, None);
     let loaded = &loaded.ok_or_else(|| Error::no_model(Dialect::OpenAi, &request.model, None))?;
     let tokenizer = loaded.tokenizer.as_ref().ok_or_else(|| wrong(format!("`{}` embeds no text", request.model)))?;
+    let deadline = deadline(&headers);
+    let size = loaded.found.spec.outputs[0].shape.last().and_then(|&size| usize::try_from(size).ok()).unwrap_or(0);
+    let kept = request.dimensions.unwrap_or(size);
+    // Before anything is computed. A model with a tokenizer has one output [rows, size].
+    if !(1..=size).contains(&kept) {
+        return Err(wrong(format!("`dimensions` is from 1 to {size}")));
+    }
     let rows = match request.input {
         EmbeddingsInput::Text(text) => tokens(loaded, vec![text]).await,
         EmbeddingsInput::Texts(texts) => tokens(loaded, texts).await,
@@ -83,18 +89,12 @@ pub(crate) async fn embeddings(
     };
     let rows = rows.map_err(|error| wrong(format!("`input`: {error}")))?;
     let prompt_tokens: usize = rows.iter().map(Vec::len).sum();
-    let done = infer::run(loaded, Input::Tokens(rows), timeout(&headers), &span.0).await;
+    let done = infer::run(loaded, Input::Tokens(rows), deadline, &span.0).await;
     let done = done.map_err(|error| error.in_dialect(Dialect::OpenAi))?;
-    // A model with a tokenizer is a sentence encoder: one FP32 output [rows, size].
-    let (all, size) = match done.outputs.as_slice() {
-        [output] => (&output.data, output.shape.last().and_then(|&size| usize::try_from(size).ok()).unwrap_or(0)),
-        _ => return Err(Error::internal("the model gave no embeddings").in_dialect(Dialect::OpenAi)),
+    let [output] = done.outputs.as_slice() else {
+        return Err(Error::internal("the model gave no embeddings").in_dialect(Dialect::OpenAi));
     };
-    let kept = request.dimensions.unwrap_or(size);
-    if !(1..=size).contains(&kept) {
-        return Err(wrong(format!("`dimensions` is from 1 to {size}")));
-    }
-    let (numbers, _) = all.as_chunks::<4>();
+    let (numbers, _) = output.data.as_chunks::<4>();
     let vectors: Vec<Vec<f32>> = numbers.chunks_exact(size).map(|row| shortened(row, kept)).collect();
     let data: Vec<Embedding<'_>> = vectors
         .iter()
@@ -102,7 +102,7 @@ pub(crate) async fn embeddings(
         .map(|(index, vector)| Embedding {
             object: "embedding",
             index,
-            embedding: encoded(vector, request.encoding_format),
+            embedding: encoded(vector, request.encoding_format.unwrap_or_default()),
         })
         .collect();
     let usage = json!({ "prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens });

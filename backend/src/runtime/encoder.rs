@@ -79,6 +79,8 @@ pub(super) struct SentenceEncoder {
     hidden: i64,
     output: String,
     device: Device,
+    /// Tokens that are computed at once at most, however many a request has: they bound the memory.
+    tokens_max: usize,
 }
 
 /// Takes tensors out of a safetensors file by name.
@@ -180,10 +182,26 @@ impl SentenceEncoder {
             });
         }
         let (heads, output) = (config.num_attention_heads, spec.outputs[0].name.clone());
-        Ok(SentenceEncoder { words, positions, token_type, norm, layers, heads, hidden, output, device })
+        let tokens_max = spec.batching().max_batch_tokens;
+        Ok(SentenceEncoder { words, positions, token_type, norm, layers, heads, hidden, output, device, tokens_max })
     }
 
     /// Embeds rows of token ids, none empty: FP32 bytes of [rows, hidden], each of unit length, in the rows' order.
+    fn embed_all(&self, rows: &[&[u32]]) -> Result<Vec<u8>, TchError> {
+        let (mut all, mut rest) = (Vec::with_capacity(rows.len() * self.hidden as usize * size_of::<f32>()), rows);
+        while !rest.is_empty() {
+            let mut tokens = 0;
+            let fits = |row: &&[u32]| {
+                tokens += row.len();
+                tokens <= self.tokens_max
+            };
+            let (now, later) = rest.split_at(rest.iter().copied().take_while(fits).count().max(1));
+            all.append(&mut self.embed(now)?);
+            rest = later;
+        }
+        Ok(all)
+    }
+
     fn embed(&self, rows: &[&[u32]]) -> Result<Vec<u8>, TchError> {
         // Sorted by length, so that equal lengths lie behind each other.
         let mut order: Vec<usize> = (0..rows.len()).collect();
@@ -262,7 +280,7 @@ impl Runtime for SentenceEncoder {
             })
             .map(Vec::as_slice)
             .collect();
-        match self.embed(&rows) {
+        match self.embed_all(&rows) {
             Err(error) => batch.iter().map(|_| Err(Failed(error.to_string()))).collect(),
             Ok(all) => {
                 let (mut rest, row) = (Bytes::from(all), self.hidden as usize * size_of::<f32>());

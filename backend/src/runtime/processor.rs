@@ -40,7 +40,7 @@ fn is_intel() -> bool {
 // SAFETY: the name is MKL's; the signature is that of the function it stands for: no argument, one int.
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn mkl_serv_intel_cpu_true() -> c_int {
-    c_int::from(is_intel() || FAST_ON_AMD.load(Relaxed))
+    c_int::from(FAST_ON_AMD.load(Relaxed) || is_intel())
 }
 
 /// Loads the GPU half of libtorch if it is installed: nothing refers to its symbols, so the linker has dropped it, and

@@ -129,11 +129,22 @@ impl Script {
         Ok(Script { module, spec: spec.clone(), device })
     }
 
-    fn forward(&self, arguments: &[IValue]) -> Result<Vec<tch::Tensor>, Failed> {
+    fn forward(&self, mut arguments: Vec<IValue>) -> Result<Vec<tch::Tensor>, Failed> {
         if let Some(method) = &self.spec.before_each {
             self.module.method_is::<IValue>(method, &[])?;
         }
-        let returned = match self.module.forward_is(arguments)? {
+        let returned = self.module.forward_is(&arguments);
+        if returned.is_err() {
+            // The binding forgets its own handles of the arguments when a module raises. They share these tensors, so what
+            // is emptied here is not lost with them.
+            for argument in &mut arguments {
+                if let IValue::Tensor(tensor) = argument {
+                    let empty = tch::Tensor::f_empty([0_i64], (tensor.f_kind()?, tensor.device()))?;
+                    tensor.f_set_data(&empty)?;
+                }
+            }
+        }
+        let returned = match returned? {
             IValue::Tensor(tensor) => vec![tensor],
             IValue::TensorList(tensors) => tensors,
             IValue::Tuple(values) => values
@@ -160,7 +171,7 @@ impl Script {
             .zip(tensors)
             .map(|(spec, tensor)| if spec.scalar { scalar(tensor) } else { Ok(IValue::Tensor(self.given(tensor)?)) })
             .collect::<Result<_, _>>()?;
-        let returned = self.forward(&arguments)?;
+        let returned = self.forward(arguments)?;
         returned.iter().zip(&self.spec.outputs).map(|(tensor, spec)| taken(&spec.name, tensor)).collect()
     }
 
@@ -174,7 +185,7 @@ impl Script {
             })
             .collect::<Result<_, _>>()?;
         let mut results: Vec<Vec<Tensor>> = requests.iter().map(|_| Vec::new()).collect();
-        for (tensor, spec) in self.forward(&arguments)?.iter().zip(&self.spec.outputs) {
+        for (tensor, spec) in self.forward(arguments)?.iter().zip(&self.spec.outputs) {
             if tensor.size().first() != Some(&rows.iter().sum()) {
                 return Err(Failed(format!("output `{}` has not one row for each row of the batch", spec.name)));
             }
@@ -193,26 +204,24 @@ impl Script {
 impl Runtime for Script {
     fn run(&mut self, batch: &[Input]) -> Vec<Result<Vec<Tensor>, Failed>> {
         let _guard = tch::no_grad_guard();
-        let tensors = |input: &'_ Input| match input {
-            Input::Tensors { tensors, .. } => Ok(tensors.clone()),
-            Input::Tokens(_) => Err(Failed("a TorchScript module takes no tokens".into())),
-        };
+        let requests: Vec<&[Tensor]> = batch
+            .iter()
+            .map(|input| match input {
+                Input::Tensors { tensors, .. } => tensors.as_slice(),
+                Input::Tokens(_) => &[],
+            })
+            .collect();
         if batch.len() > 1 && self.spec.batching().max_batch_size > 1 {
-            let requests: Vec<&[Tensor]> = batch
-                .iter()
-                .filter_map(|input| match input {
-                    Input::Tensors { tensors, .. } => Some(tensors.as_slice()),
-                    Input::Tokens(_) => None,
-                })
-                .collect();
             let rows: Vec<i64> = batch.iter().map(|input| input.rows() as i64).collect();
             match self.joined(&requests, &rows) {
-                Ok(results) if results.len() == batch.len() => return results.into_iter().map(Ok).collect(),
+                Ok(results) => return results.into_iter().map(Ok).collect(),
                 // Some values of one request may be what failed: the others are not to pay for it, so each runs alone.
-                Ok(_) | Err(_) => {}
+                Err(error) => {
+                    tracing::warn!(reason = %error, requests = batch.len(), "a batch failed; each runs alone")
+                }
             }
         }
-        batch.iter().map(|input| tensors(input).and_then(|tensors| self.one(&tensors))).collect()
+        requests.iter().map(|tensors| self.one(tensors)).collect()
     }
 }
 

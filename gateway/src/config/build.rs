@@ -176,10 +176,12 @@ impl Builder<'_> {
             Ok(document) => {
                 // Name and length too, so that moving text from one file to the next is another revision.
                 self.digest.update(path.file_name().unwrap_or_default().as_encoded_bytes());
-                // A permission for a revision is no part of it: it could not be named in itself.
-                let lines =
-                    document.text.split_inclusive('\n').filter(|line| !line.trim_start().starts_with(PERMISSION));
-                let text: String = lines.collect();
+                // A permission for a revision is no part of it, nor is what has to be written around it: it could not be
+                // named in itself.
+                let counts = |line: &&str| {
+                    !(line.trim().is_empty() || line.trim() == "[reload]" || line.trim_start().starts_with(PERMISSION))
+                };
+                let text: String = document.text.split_inclusive('\n').filter(counts).collect();
                 self.digest.update(text.len().to_le_bytes());
                 self.digest.update(&text);
                 Some(document)

@@ -55,7 +55,6 @@ async fn embeddings_are_those_of_the_reference() {
             assert_eq!(got.len(), 384);
             let similarity = cosine(&got, expected);
             assert!(similarity > 0.9999, "{how} {text:?}: cosine {similarity}");
-            assert!((cosine(&got, &got).sqrt() - 1.0).abs() < 1e-6);
             let length = got.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
             assert!((length - 1.0).abs() < 1e-4, "{how} {text:?}: length {length}");
         }

@@ -150,8 +150,12 @@ async fn a_start_with_a_broken_directory_comes_up_on_what_was_accepted_last() {
     let config = world.admin("/api/config").await.expect("a configuration");
     assert_eq!(config["revision"], revision, "the accepted one");
     assert!(config["rejected"]["errors"].to_string().contains("did you mean `country`"), "{config}");
-    let log = world.gateway.as_ref().expect("started").log();
-    assert!(log.contains("started on the configuration that was accepted last"), "{log}");
+    world
+        .until("the log says it too", async |world| {
+            let log = world.gateway.as_ref()?.log();
+            log.contains("started on the configuration that was accepted last").then_some(())
+        })
+        .await;
     let answer = world.ask(Ask::from(GERMANY)).await;
     assert_eq!((answer.status, answer.header("isochrone-region")), (StatusCode::OK, "eu-west"));
     // The directory is watched still: once it is whole, it counts.

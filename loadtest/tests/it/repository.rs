@@ -65,7 +65,8 @@ impl Worker {
     }
 
     async fn index(&self) -> Value {
-        json_of(&self.send(Method::POST, "/v2/repository/index", &[], "").await)
+        let key = [("authorization", "Bearer the key of the operator of these tests")];
+        json_of(&self.send(Method::POST, "/v2/repository/index", &key, "").await)
     }
 
     fn resident_mb(&self) -> u64 {
@@ -104,7 +105,7 @@ async fn versions_come_and_go_under_load_and_no_request_fails() {
             body: tiny_body().into(),
             clients: Vec::new(),
             rate: 300.0,
-            length: std::time::Duration::from_secs(4),
+            length: std::time::Duration::from_secs(5),
             connections: 16,
             timeout: PATIENCE,
             seed: 3,
@@ -139,6 +140,44 @@ async fn versions_come_and_go_under_load_and_no_request_fails() {
     assert_eq!((report.errors, report.ended > 1_000), (0, true), "{report:?}");
 }
 
+/// Requests that are computed as one get each its own answer: those of the reference, whoever is beside them.
+#[tokio::test]
+async fn joined_requests_get_their_own_answers() {
+    let worker = Worker::start("joined", |models| changed(&models.join("tiny/1"))).await;
+    let file = root().join("loadtest/tests/data/tiny.json");
+    let data: Value = serde_json::from_slice(&std::fs::read(file).expect("the data")).expect("JSON");
+    let cases: Vec<(Value, Vec<f64>)> = data["cases"].as_array().expect("cases").iter().map(case).collect();
+    let mut asked = tokio::task::JoinSet::new();
+    for turn in 0..240 {
+        let (destination, (body, expected)) = (worker.destination(), cases[turn % cases.len()].clone());
+        asked.spawn(async move {
+            let request = Request::post("/v2/models/tiny/infer").body(Full::from(body.to_string())).expect("valid");
+            let answer =
+                json_of(&destination.connect().await.expect("it listens").send(request).await.expect("an answer"));
+            let got = answer["outputs"][0]["data"].as_array().expect("numbers").iter();
+            let got: Vec<f64> = got.map(|number| number.as_f64().expect("a number")).collect();
+            assert_eq!(got.len(), expected.len());
+            assert!(
+                got.iter().zip(&expected).all(|(got, expected)| (got - expected).abs() < 1e-5),
+                "{got:?} {expected:?}"
+            );
+        });
+    }
+    while let Some(checked) = asked.join_next().await {
+        checked.expect("its own answer");
+    }
+    let stats = json_of(&worker.send(Method::GET, "/v2/models/tiny/stats", &[], "").await);
+    let batches = stats["model_stats"][0]["execution_count"].as_u64().expect("a count");
+    assert!(batches < 240, "{batches} batches of 240 requests: none was joined");
+}
+
+fn case(case: &Value) -> (Value, Vec<f64>) {
+    let rows = case["x"].as_array().expect("rows");
+    let body = json!({ "inputs": [{ "name": "x", "datatype": "FP32", "shape": [rows.len(), 8], "data": rows }] });
+    let flat = case["y"].as_array().expect("rows").iter().flat_map(|row| row.as_array().expect("a row"));
+    (body, flat.map(|number| number.as_f64().expect("a number")).collect())
+}
+
 #[tokio::test]
 async fn a_model_that_does_not_load_leaves_the_old_one_serving_and_says_why() {
     let worker = Worker::start("bad-model", |models| copied(&tiny(), &models.join("tiny/1"))).await;
@@ -154,6 +193,8 @@ async fn a_model_that_does_not_load_leaves_the_old_one_serving_and_says_why() {
     let index = worker.index().await;
     assert_eq!((index[0]["state"].as_str(), index[0]["version"].as_str()), (Some("READY"), Some("1")));
     assert!(index[0]["reason"].as_str().is_some_and(|reason| reason.contains("model.pt")), "{index}");
+    let anybody = json_of(&worker.send(Method::POST, "/v2/repository/index", &[], "").await);
+    assert!(anybody[0]["reason"].as_str().is_some_and(|reason| !reason.contains('/')), "{anybody}");
     std::fs::write(second.join("model.toml"), "kind = \"torchscript\"\nthreds = 1\n").expect("written");
     let refused = worker.control("tiny/load").await;
     assert!(String::from_utf8_lossy(&refused.body).contains("model.toml:2:1"), "{:?}", refused.body);
@@ -282,6 +323,9 @@ async fn hostile_tensors_are_refused_by_name_and_cost_nothing() {
         (input(&format!(r#""shape":[4611686018427387904,8],"datatype":"FP32","data":{eight}"#)), "`x`"),
         (input(&format!(r#""shape":[100000000,8],"datatype":"FP32","data":{eight}"#)), "`x`"),
         (input(&format!(r#""shape":[99999999999999999999,8],"datatype":"FP32","data":{eight}"#)), "shape"),
+        (input(r#""shape":[9223372036854775807,8],"datatype":"FP32","data":[]"#), "`x`"),
+        (input(r#""shape":[4097,8],"datatype":"FP32","data":[]"#), "`x`"),
+        (tiny_body().replacen('{', r#"{"outputs":[{"name":"y"},{"name":"y"}],"#, 1), "twice"),
         (input(&format!(r#""shape":[1,8],"datatype":"FP64","data":{eight}"#)), "`x`"),
         (input(&format!(r#""shape":[1,8],"datatype":"NONSENSE","data":{eight}"#)), "`x`"),
         (input(r#""shape":[1,8],"datatype":"FP32","data":[1,2,3,4,5,6,7,NaN]"#), "body"),
