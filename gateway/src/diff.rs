@@ -12,7 +12,7 @@ use isochrone_core::geo::{Country, Location};
 use isochrone_core::residency::Residency;
 use serde::Serialize;
 
-use crate::config::Tenant;
+use crate::config::{Config, Tenant};
 use crate::explain::{self, Question};
 use crate::policy::{self, Ask};
 use crate::snapshot::Snapshot;
@@ -169,19 +169,16 @@ fn tenants(diff: &mut Diff, old: &Snapshot, new: &Snapshot) {
         rule(diff, &old.config.tenants[old_at], &new.config.tenants[new_at]);
         for country in &countries {
             let (was, is) = (permitted(old, old_at, *country, None), permitted(new, new_at, *country, None));
-            let known = |region: &&Box<str>| old.config.regions.iter().any(|config| config.region.name == **region);
             let clients =
                 country.map_or_else(|| "clients of unknown country".to_owned(), |c| format!("clients from {c}"));
-            let told = |regions: Vec<&Box<str>>| regions.iter().map(|region| &***region).collect::<Vec<_>>().join(", ");
             // A new region inside the old rule is no change of the rule; one that was shut out before is.
-            let more: Vec<&Box<str>> = is.difference(&was).filter(known).collect();
+            let more = both(&is, &was, &old.config);
             if !more.is_empty() {
-                diff.residency_widens.push(format!("{name}: {clients} may now be served in {}", told(more)));
+                diff.residency_widens.push(format!("{name}: {clients} may now be served in {more}"));
             }
-            let kept = |region: &&Box<str>| new.config.regions.iter().any(|config| config.region.name == **region);
-            let fewer: Vec<&Box<str>> = was.difference(&is).filter(kept).collect();
+            let fewer = both(&was, &is, &new.config);
             if !fewer.is_empty() {
-                diff.residency_narrows.push(format!("{name}: {clients} may no longer be served in {}", told(fewer)));
+                diff.residency_narrows.push(format!("{name}: {clients} may no longer be served in {fewer}"));
             }
         }
         for model in old.models.keys().filter(|model| new.models.contains_key(*model)) {
@@ -208,6 +205,12 @@ fn tenants(diff: &mut Diff, old: &Snapshot, new: &Snapshot) {
             }
         }
     }
+}
+
+/// The regions of one set and not of the other that a configuration has, in words.
+fn both(of: &BTreeSet<Box<str>>, not_of: &BTreeSet<Box<str>>, config: &Config) -> String {
+    let has = |region: &str| config.regions.iter().any(|config| *config.region.name == *region);
+    of.difference(not_of).map(|region| &**region).filter(|region| has(region)).collect::<Vec<_>>().join(", ")
 }
 
 /// The rule itself, whether or not a region makes use of it yet.

@@ -217,7 +217,7 @@ impl Runtime for Script {
                 Ok(results) => return results.into_iter().map(Ok).collect(),
                 // Some values of one request may be what failed: the others are not to pay for it, so each runs alone.
                 Err(error) => {
-                    tracing::warn!(reason = %error, requests = batch.len(), "a batch failed; each runs alone")
+                    tracing::warn!(reason = %error, requests = batch.len(), "a batch failed; each runs alone");
                 }
             }
         }
