@@ -6,12 +6,15 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use crate::config::{self, Opened};
+use crate::kept;
 
 /// What was done.
 #[derive(Debug)]
 pub enum Applied {
     /// It was in place already.
     Nothing,
+    /// It is in place, where nothing was before.
+    New,
     /// It is in place; what was there before is kept here.
     Replaced(PathBuf),
 }
@@ -35,12 +38,11 @@ pub fn apply(new: &Path, directory: &Path) -> Result<Applied, Vec<String>> {
     }
     let name =
         directory.file_name().and_then(|name| name.to_str()).ok_or_else(|| told(&directory, &"it has no name"))?;
-    let [ready, replaced] = ["applying", "replaced"].map(|word| directory.with_file_name(format!(".{name}.{word}")));
-    for place in [&ready, &replaced] {
-        match std::fs::remove_dir_all(place) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(told(place, &error)),
-            _ => {}
-        }
+    let beside = |word: String| directory.with_file_name(format!(".{name}.{word}"));
+    let ready = beside(format!("applying.{}", std::process::id()));
+    match std::fs::remove_dir_all(&ready) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(told(&ready, &error)),
+        _ => {}
     }
     config::copy(&wanted, &new, &ready).map_err(|error| told(&ready, &error))?;
     // Paths in it are relative: they mean other files here, and must mean equal ones.
@@ -51,11 +53,24 @@ pub fn apply(new: &Path, directory: &Path) -> Result<Applied, Vec<String>> {
             &"what its files name is not the same from the other place; write those paths absolute",
         ));
     }
-    if directory.exists() {
-        renameat_with(CWD, &ready, CWD, &directory, RenameFlags::EXCHANGE).map_err(|error| told(&directory, &error))?;
-        std::fs::rename(&ready, &replaced).map_err(|error| told(&replaced, &error))?;
-    } else {
+    if !directory.exists() {
         std::fs::rename(&ready, &directory).map_err(|error| told(&directory, &error))?;
+        return Ok(Applied::New);
     }
-    Ok(Applied::Replaced(replaced))
+    renameat_with(CWD, &ready, CWD, &directory, RenameFlags::EXCHANGE).map_err(|error| told(&directory, &error))?;
+    // Never over another, and never removed: more may lie there than a configuration.
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let replaced = beside(format!("replaced.{}", now.as_millis()));
+    match std::fs::rename(&ready, &replaced) {
+        Ok(()) => Ok(Applied::Replaced(replaced)),
+        Err(_) => Ok(Applied::Replaced(ready)),
+    }
+}
+
+/// What a new configuration is compared with: the directory, or where that is broken what was accepted last.
+pub fn standing(directory: &Path) -> Option<PathBuf> {
+    let directory = std::path::absolute(directory).ok()?;
+    let opened = &mut Opened::default();
+    let whole = config::load(&directory, opened).is_ok();
+    if whole { Some(directory) } else { kept::kept(&directory, opened).map(|(kept, _)| kept) }
 }

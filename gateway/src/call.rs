@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::io::Read;
 
 use bytes::Bytes;
-use flate2::read::{GzDecoder, ZlibDecoder};
+use flate2::bufread::{GzDecoder, ZlibDecoder};
 use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Method};
@@ -258,14 +258,22 @@ pub(crate) fn plain<'b>(head: &HeaderMap, body: &'b [u8]) -> Result<Option<Cow<'
     let Some((&[1, length @ ..], rest)) = body.split_first_chunk::<5>() else { return Ok(Some(Cow::Borrowed(body))) };
     let Some(packed) = rest.get(..u32::from_be_bytes(length) as usize) else { return Ok(None) };
     let mut inflated = vec![0; 5];
-    let read = match head.get("grpc-encoding").map(HeaderValue::as_bytes) {
-        Some(b"gzip") => GzDecoder::new(packed).take(INFLATED_MAX).read_to_end(&mut inflated),
+    let (read, rest) = match head.get("grpc-encoding").map(HeaderValue::as_bytes) {
+        Some(b"gzip") => {
+            let mut inflater = GzDecoder::new(packed).take(INFLATED_MAX);
+            (inflater.read_to_end(&mut inflated), inflater.into_inner().into_inner())
+        }
         // As HTTP has it: within zlib's frame.
-        Some(b"deflate") => ZlibDecoder::new(packed).take(INFLATED_MAX).read_to_end(&mut inflated),
+        Some(b"deflate") => {
+            let mut inflater = ZlibDecoder::new(packed).take(INFLATED_MAX);
+            (inflater.read_to_end(&mut inflated), inflater.into_inner().into_inner())
+        }
         _ => return Err(Error::Malformed("the first message is compressed in a way that is not known here")),
     };
     match read {
         Ok(size) if size as u64 == INFLATED_MAX => Err(Error::OversizeBody),
+        // Some inflate what follows as well, and would read another model there.
+        Ok(_) if !rest.is_empty() => Err(Error::Malformed("the first message goes on behind what is compressed")),
         Ok(size) => {
             inflated[1..5].copy_from_slice(&(size as u32).to_be_bytes());
             Ok(Some(Cow::Owned(inflated)))
@@ -495,7 +503,9 @@ mod tests {
     fn a_compressed_message_is_read_within_its_bound() {
         let packed = |bytes: &[u8]| {
             let mut packed = Vec::new();
-            flate2::read::GzEncoder::new(bytes, flate2::Compression::fast()).read_to_end(&mut packed).expect("memory");
+            flate2::bufread::GzEncoder::new(bytes, flate2::Compression::fast())
+                .read_to_end(&mut packed)
+                .expect("memory");
             message(1, &packed)
         };
         let head = |encoding: &'static str| {
@@ -510,6 +520,8 @@ mod tests {
             assert_eq!(plain(&head("gzip"), &body[..at]), Ok(None), "{at} bytes");
         }
         assert_eq!(plain(&head("gzip"), &message(0, named)).expect("sound").as_deref(), Some(&*message(0, named)));
+        let twice = [&body[5..], &packed(b"\x0a\x01n")[5..]].concat();
+        assert!(plain(&head("gzip"), &message(1, &twice)).is_err(), "a second member names another");
         assert!(plain(&head("zstd"), &body).is_err() && plain(&HeaderMap::new(), &body).is_err());
         assert!(plain(&head("deflate"), &body).is_err(), "another compression than its head says");
         let bomb = packed(&vec![0; INFLATED_MAX as usize + 1]);

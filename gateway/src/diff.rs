@@ -162,15 +162,19 @@ fn tenants(diff: &mut Diff, old: &Snapshot, new: &Snapshot) {
     let mut countries: Vec<Option<Country>> = rules.flat_map(|(countries, _)| countries).copied().map(Some).collect();
     countries.sort();
     countries.dedup();
-    countries.push(None);
-    for name in before.intersection(&after) {
-        let of = |snapshot: &Snapshot| snapshot.config.tenants.iter().position(|tenant| tenant.name == *name);
-        let (Some(old_at), Some(new_at)) = (of(old), of(new)) else { continue };
-        rule(diff, &old.config.tenants[old_at], &new.config.tenants[new_at]);
+    // One that no rule names, and one that is not known: it is held to every rule.
+    countries.extend([Country::parse(UNNAMED), None]);
+    for (old_at, new_at) in pairs(old, new) {
+        let (was, is) = (&old.config.tenants[old_at].name, &new.config.tenants[new_at].name);
+        let name = if was == is { is.to_string() } else { format!("{was}, now {is}") };
+        rule(diff, &name, &old.config.tenants[old_at], &new.config.tenants[new_at]);
         for country in &countries {
             let (was, is) = (permitted(old, old_at, *country, None), permitted(new, new_at, *country, None));
-            let clients =
-                country.map_or_else(|| "clients of unknown country".to_owned(), |c| format!("clients from {c}"));
+            let clients = match country {
+                None => "clients of unknown country".to_owned(),
+                Some(country) if country.as_str() == UNNAMED => "clients from anywhere else".to_owned(),
+                Some(country) => format!("clients from {country}"),
+            };
             // A new region inside the old rule is no change of the rule; one that was shut out before is.
             let more = both(&is, &was, &old.config);
             if !more.is_empty() {
@@ -196,7 +200,7 @@ fn tenants(diff: &mut Diff, old: &Snapshot, new: &Snapshot) {
                 regions
             };
             let (was, is) = (usable(old, old_at), usable(new, new_at));
-            if was.len() > 1 && is.len() < 2 {
+            if is.len() < 2 && is.len() < was.len() {
                 let left = is
                     .iter()
                     .next()
@@ -207,6 +211,14 @@ fn tenants(diff: &mut Diff, old: &Snapshot, new: &Snapshot) {
     }
 }
 
+/// The tenants that the same callers are, before and after: by name, by key, and without any key.
+fn pairs(old: &Snapshot, new: &Snapshot) -> BTreeSet<(usize, usize)> {
+    let named = |name: &str| new.config.tenants.iter().position(|tenant| *tenant.name == *name);
+    let by_name = old.config.tenants.iter().enumerate().filter_map(|(at, tenant)| Some((at, named(&tenant.name)?)));
+    let by_key = old.keys.iter().filter_map(|(key, &at)| Some((at, *new.keys.get(key)?)));
+    by_name.chain(by_key).chain(old.anonymous.zip(new.anonymous)).collect()
+}
+
 /// The regions of one set and not of the other that a configuration has, in words.
 fn both(of: &BTreeSet<Box<str>>, not_of: &BTreeSet<Box<str>>, config: &Config) -> String {
     let has = |region: &str| config.regions.iter().any(|config| *config.region.name == *region);
@@ -214,16 +226,16 @@ fn both(of: &BTreeSet<Box<str>>, not_of: &BTreeSet<Box<str>>, config: &Config) -
 }
 
 /// The rule itself, whether or not a region makes use of it yet.
-fn rule(diff: &mut Diff, old: &Tenant, new: &Tenant) {
+fn rule(diff: &mut Diff, name: &str, old: &Tenant, new: &Tenant) {
     let Residency::Require(before) = &old.residency else { return };
     match &new.residency {
         Residency::Require(after) => {
             let more: Vec<&str> = after.iter().filter(|zone| !before.contains(zone)).map(|zone| &**zone).collect();
             if !more.is_empty() {
-                diff.residency_widens.push(format!("{}: it now allows {} as well", new.name, more.join(", ")));
+                diff.residency_widens.push(format!("{name}: it now allows {} as well", more.join(", ")));
             }
         }
-        _ => diff.residency_widens.push(format!("{}: it no longer requires {}", new.name, before.join(", "))),
+        _ => diff.residency_widens.push(format!("{name}: it no longer requires {}", before.join(", "))),
     }
 }
 

@@ -13,31 +13,59 @@ fn beside(directory: &Path, suffix: &str) -> Option<PathBuf> {
     Some(directory.with_file_name(format!(".{name}.{suffix}")))
 }
 
-/// Keeps a configuration that is in force, unless it is kept already.
+/// Keeps a configuration that is in force. If that fails nothing is kept: an older one would be served as the last, with
+/// the keys and the rules that it had.
 ///
 /// # Errors
 /// Why it could not be kept, for the log.
 pub(crate) fn keep(config: &Config, directory: &Path, opened: &mut Opened) -> Result<(), String> {
     let place = |suffix| beside(directory, suffix).ok_or("the directory has no name".to_owned());
-    let (kept, new, old) = (place("accepted")?, place("accepting")?, place("accepted.old")?);
+    let [kept, old] = [place("accepted")?, place("accepted.old")?];
+    // Of this process: another gateway may serve the same directory.
+    let new = place(&format!("accepting.{}", std::process::id()))?;
+    let done = replace(config, directory, opened, (&kept, &new, &old));
+    if done.is_err() {
+        for place in [&new, &kept, &old] {
+            // What cannot be removed could not be written either.
+            let _ = remove(place);
+        }
+    }
+    done
+}
+
+fn replace(
+    config: &Config,
+    directory: &Path,
+    opened: &mut Opened,
+    (kept, new, old): (&Path, &Path, &Path),
+) -> Result<(), String> {
     let told = |error: std::io::Error| format!("{}: {error}", kept.display());
-    remove(&new).map_err(told)?;
-    config::copy(config, directory, &new).map_err(told)?;
+    remove(new).map_err(told)?;
+    config::copy(config, directory, new).map_err(told)?;
     // Read as a start would read it: the directory may have changed since, and a path may mean another file there.
-    let read = config::load(&new, opened).map_err(|rejected| {
+    let read = config::load(new, opened).map_err(|rejected| {
         let first = rejected.problems.first().map(ToString::to_string).unwrap_or_default();
         format!("a copy of it does not hold: {first}")
     })?;
     if read.revision != config.revision {
-        // A newer state is being written; its own turn comes.
-        return remove(&new).map_err(told);
+        return Err("it has changed again, or names other files from beside its place".to_owned());
     }
-    remove(&old).map_err(told)?;
+    remove(old).map_err(told)?;
     if kept.exists() {
-        std::fs::rename(&kept, &old).map_err(told)?;
+        std::fs::rename(kept, old).map_err(told)?;
     }
-    std::fs::rename(&new, &kept).map_err(told)?;
-    remove(&old).map_err(told)
+    std::fs::rename(new, kept).map_err(told)?;
+    remove(old).map_err(told)
+}
+
+/// What was kept of a directory, if it still holds.
+pub(crate) fn kept(directory: &Path, opened: &mut Opened) -> Option<(PathBuf, Config)> {
+    // The second is there if the process ended between two renames.
+    ["accepted", "accepted.old"].into_iter().find_map(|suffix| {
+        let kept = beside(directory, suffix).filter(|kept| kept.is_dir())?;
+        let config = config::load(&kept, opened).ok()?;
+        Some((kept, config))
+    })
 }
 
 fn remove(directory: &Path) -> std::io::Result<()> {
@@ -56,12 +84,8 @@ pub(crate) fn start(directory: &Path, opened: &mut Opened) -> Result<(Config, Op
         Ok(config) => return Ok((config, None)),
         Err(rejected) => rejected,
     };
-    // The second is there if the process ended between two renames.
-    for suffix in ["accepted", "accepted.old"] {
-        let kept = beside(directory, suffix).filter(|kept| kept.is_dir());
-        if let Some(Ok(config)) = kept.map(|kept| config::load(&kept, opened)) {
-            return Ok((config, Some(rejected)));
-        }
+    match kept(directory, opened) {
+        Some((_, config)) => Ok((config, Some(rejected))),
+        None => Err(rejected),
     }
-    Err(rejected)
 }

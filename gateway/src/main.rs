@@ -61,7 +61,7 @@ enum Command {
         /// The configuration that shall be.
         #[arg(value_name = "NEW_DIR")]
         new: PathBuf,
-        /// The directory that a gateway serves. What was there is kept beside it, as .NAME.replaced.
+        /// The directory that a gateway serves. What was there is kept beside it, as .NAME.replaced.TIME.
         #[arg(long, value_name = "DIR")]
         config: PathBuf,
         #[command(flatten)]
@@ -210,7 +210,14 @@ fn compare(
             } else {
                 write!(out, "{}", diff.table())?;
             }
-            Ok(diff.residency_widens.is_empty() || options.allow_residency_change)
+            let may = diff.residency_widens.is_empty() || options.allow_residency_change;
+            if !may {
+                writeln!(
+                    std::io::stderr(),
+                    "isochrone: a residency widens; --allow-residency-change says that it may"
+                )?;
+            }
+            Ok(may)
         }
         Err(problems) => {
             problems.iter().try_for_each(|problem| writeln!(out, "{problem}"))?;
@@ -225,16 +232,24 @@ fn apply(
     options: &DiffOptions,
     out: &mut impl Write,
 ) -> std::io::Result<ExitCode> {
-    // A directory that is broken, or is not there yet, has nothing to be compared with.
-    if config::load(directory, &mut Opened::default()).is_ok() && !compare(directory, new, options, out)? {
-        writeln!(
-            std::io::stderr(),
-            "isochrone: not applied; --allow-residency-change says that a residency may widen"
-        )?;
+    let may = match apply::standing(directory) {
+        Some(standing) => compare(&standing, new, options, out)?,
+        // There is nothing to be compared with. Where there should be, somebody has to say that it does not matter.
+        None if directory.exists() && !options.allow_residency_change => {
+            let why =
+                "the directory is broken, and nothing was kept of it; --allow-residency-change goes without comparing";
+            writeln!(std::io::stderr(), "isochrone: {why}")?;
+            false
+        }
+        None => true,
+    };
+    if !may {
+        writeln!(std::io::stderr(), "isochrone: not applied")?;
         return Ok(ExitCode::FAILURE);
     }
     match apply::apply(new, directory) {
         Ok(Applied::Nothing) => writeln!(std::io::stderr(), "it is in place already")?,
+        Ok(Applied::New) => writeln!(std::io::stderr(), "applied; nothing was there before")?,
         Ok(Applied::Replaced(old)) => writeln!(std::io::stderr(), "applied; what was there: {}", old.display())?,
         Err(problems) => {
             problems.iter().try_for_each(|problem| writeln!(out, "{problem}"))?;

@@ -5,7 +5,7 @@ use isochrone_core::region::{RegionIndex, RegionSet};
 use isochrone_core::residency::{Permitted, permit as permit_regions};
 
 use crate::body::Received;
-use crate::call::{Call, ModelIn};
+use crate::call::{BodyMode, Call, ModelIn};
 use crate::error::Error;
 use crate::identity::Caller;
 use crate::snapshot::{Model, Snapshot};
@@ -44,7 +44,8 @@ pub(crate) fn model<'s>(snapshot: &'s Snapshot, caller: &Caller, name: &str) -> 
 /// [`Error::ModelForbidden`].
 pub(crate) fn certain(snapshot: &Snapshot, caller: &Caller, call: &Call, body: &Received) -> Result<(), Error> {
     let limited = !snapshot.config.tenants[caller.tenant].models.is_empty();
-    if limited && call.model == ModelIn::FirstMessage && !body.is_whole() { Err(Error::ModelForbidden) } else { Ok(()) }
+    let others = call.body == BodyMode::Stream || !body.is_whole();
+    if limited && call.model == ModelIn::FirstMessage && others { Err(Error::ModelForbidden) } else { Ok(()) }
 }
 
 /// Applies the rules.

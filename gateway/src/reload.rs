@@ -45,9 +45,10 @@ pub(crate) async fn watch(directory: PathBuf, shared: Arc<Shared>, mut opened: O
         };
         match result.and_then(|config| small_enough(&shared.snapshot.load().config, config, &directory)) {
             Ok(config) => {
-                accept(&shared, config);
-                probes.follow();
-                opened = kept(&shared, &directory, opened).await;
+                if accept(&shared, config) {
+                    probes.follow();
+                    opened = kept(&shared, &directory, opened).await;
+                }
             }
             Err(rejected) => reject(&shared, &rejected),
         }
@@ -66,12 +67,13 @@ async fn settle(changed: &Notify, shared: &Shared) {
     }
 }
 
-fn accept(shared: &Shared, config: Config) {
+/// Whether it is another than the one in force.
+fn accept(shared: &Shared, config: Config) -> bool {
     let before = shared.snapshot.load_full();
     if before.config.revision == config.revision {
         // Touched, or put back as it was.
         shared.config_state.lock().rejected = None;
-        return;
+        return false;
     }
     for (what, same) in [
         ("listeners.address", addresses(&before.config) == addresses(&config)),
@@ -91,20 +93,27 @@ fn accept(shared: &Shared, config: Config) {
     let mut state = shared.config_state.lock();
     state.accepted_at = SystemTime::now();
     state.rejected = None;
+    true
 }
 
 /// A directory that was emptied by mistake must not empty the fleet.
 fn small_enough(before: &Config, after: Config, directory: &Path) -> Result<Config, Rejected> {
-    let ids = |config: &Config| -> BTreeSet<Box<str>> {
-        config.regions.iter().flat_map(|region| region.endpoints.iter().map(|endpoint| endpoint.id.clone())).collect()
+    // By their addresses: one that is spoken to in another way is still there.
+    let addresses = |config: &Config| -> BTreeSet<(Arc<str>, Vec<u8>)> {
+        let endpoints = config.regions.iter().flat_map(|region| &region.endpoints);
+        let target = |endpoint: &config::EndpointConfig| {
+            let target = endpoint.http.as_ref().or(endpoint.grpc.as_ref());
+            target.map(|target| (Arc::clone(&endpoint.region), target.authority.as_bytes().to_vec()))
+        };
+        endpoints.filter_map(target).collect()
     };
-    let (old, new) = (ids(before), ids(&after));
+    let (old, new) = (addresses(before), addresses(&after));
     let gone = old.difference(&new).count();
     if gone * 2 <= old.len() || after.allow_large_change == after.revision {
         return Ok(after);
     }
     let message = format!(
-        "this would remove {gone} of {} endpoints; if it is meant, set reload.allow_large_change = \"{}\"",
+        "this would remove {gone} of {} endpoints; if it is meant, write allow_large_change = \"{}\" below [reload]",
         old.len(),
         after.revision
     );
@@ -120,7 +129,10 @@ pub(crate) async fn kept(shared: &Arc<Shared>, directory: &Path, mut opened: Ope
     match tokio::task::spawn_blocking(keep).await {
         Ok((Ok(()), opened)) => opened,
         Ok((Err(why), opened)) => {
-            tracing::warn!(why, "the accepted configuration is not kept: a start with a broken directory will fail");
+            tracing::warn!(
+                why,
+                "the accepted configuration is not kept, nor an older one: a start with a broken directory will fail"
+            );
             opened
         }
         Err(_) => Opened::default(),

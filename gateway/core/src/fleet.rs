@@ -257,7 +257,9 @@ impl Fleet {
 
     fn refresh_model(&self, model: &FleetModel, now: Time) {
         let mut best: Option<f32> = None;
-        let presumed = f32::from_bits(model.presumed_ms.load(Relaxed));
+        // While nothing was measured anywhere the first measurement is everybody's at once: it is presumed of the others in
+        // the same moment, so that nobody moves for it.
+        let presumed = Some(f32::from_bits(model.presumed_ms.load(Relaxed))).filter(|ms| *ms > 0.0);
         for (region, terms) in self.regions.iter().zip(&model.regions) {
             let Some(terms) = terms else { continue };
             let at = region.endpoints.clone();
@@ -268,10 +270,13 @@ impl Fleet {
                 mean.answered(sum_us, count, now);
             } else if mean.is_stale(now) {
                 *mean = Mean::default();
+            }
+            let Some(response_ms) = mean.value_ms() else {
+                // Until it is done: while a shift goes on it is refused.
                 terms.service.follow(None, None, now, self.rules.shift);
                 terms.wait.follow(None, None, now, self.rules.shift);
-            }
-            let Some(response_ms) = mean.value_ms() else { continue };
+                continue;
+            };
             let way_ms = region.live.round_trip.target().unwrap_or(0.0);
             let served_ms = (response_ms - way_ms).max(0.0);
             // Little's law at each endpoint that reports: those who wait leave at the rate of those who are served.
@@ -287,11 +292,13 @@ impl Fleet {
             // Nobody waits where nothing is known.
             terms.wait.follow(Some(wait_ms), Some(0.0), now, self.rules.shift);
             // What a request waited is in the mean already.
-            terms.service.follow(Some((served_ms - wait_ms).max(0.0)), Some(presumed), now, self.rules.shift);
+            terms.service.follow(Some((served_ms - wait_ms).max(0.0)), presumed, now, self.rules.shift);
             let service_ms = terms.service.target().unwrap_or(0.0);
             best = Some(best.map_or(service_ms, |best| best.min(service_ms)));
         }
-        model.presumed_ms.store(best.unwrap_or(0.0).to_bits(), Relaxed);
+        if let Some(best) = best {
+            model.presumed_ms.store(best.to_bits(), Relaxed);
+        }
     }
 }
 

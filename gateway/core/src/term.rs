@@ -22,7 +22,7 @@ pub struct Term {
     /// Bits of an `f32`; not a number where nothing is known.
     from: AtomicU32,
     to: AtomicU32,
-    /// When the shift began, in nanoseconds; the lowest bit says that it is a way back.
+    /// When the shift began, biased; the lowest bit says that it is a way back.
     began: AtomicU64,
 }
 
@@ -65,31 +65,35 @@ impl Term {
         if goes_on {
             // Those who have not moved yet are there already.
             let behind = u64::try_from(shift.mul_f32(1.0 - progress).as_nanos()).unwrap_or(u64::MAX);
-            // Never the zero that says that there is no shift.
-            self.begin(to, bits, Time(now.0.saturating_sub(behind).max(2)), !back);
+            self.begin(to, bits, biased(now).saturating_sub(behind), !back);
         } else {
             match known(to).or(unknown) {
-                Some(held) => self.begin(held.to_bits(), bits, Time(now.0.max(2)), false),
+                Some(held) => self.begin(held.to_bits(), bits, biased(now), false),
                 // There is nothing to shift from, and the next may follow at once.
-                None => self.begin(bits, bits, Time(0), false),
+                None => self.begin(bits, bits, 0, false),
             }
         }
         true
     }
 
-    fn begin(&self, from: u32, to: u32, began: Time, back: bool) {
+    fn begin(&self, from: u32, to: u32, began: u64, back: bool) {
         self.from.store(from, Relaxed);
-        self.began.store(began.0 & !1 | u64::from(back), Relaxed);
+        self.began.store(began & !1 | u64::from(back), Relaxed);
         self.to.store(to, Relaxed);
     }
 
     /// How far the shift has come, from 0, and whether it is a way back.
     fn progress(&self, now: Time, shift: Duration) -> (f32, bool) {
         let began = self.began.load(Relaxed);
-        let since = now.since(Time(began & !1));
+        let since = Duration::from_nanos(biased(now).saturating_sub(began & !1));
         let over = shift.is_zero() || began <= 1;
         (if over { 1.0 } else { since.as_secs_f32() / shift.as_secs_f32() }, began & 1 == 1)
     }
+}
+
+/// A time as it is stored: a way back may have begun before the clock did.
+fn biased(now: Time) -> u64 {
+    now.0.saturating_add(1 << 62)
 }
 
 fn known(bits: u32) -> Option<f32> {
@@ -181,6 +185,14 @@ mod tests {
         assert!(term.follow(Some(80.0), None, seconds(107), SHIFT));
         assert!(moved(&term, seconds(107), 50.0).abs_diff(20) <= 1);
         assert!(moved(&term, seconds(109), 50.0).abs_diff(40) <= 1);
+    }
+
+    #[test]
+    fn a_hitch_in_the_first_seconds_of_the_clock_is_no_exception() {
+        let term = Term::default();
+        assert!(term.follow(Some(300.0), Some(0.0), seconds(1), SHIFT));
+        assert!(term.follow(Some(0.0), None, seconds(2), SHIFT));
+        assert!(moved(&term, seconds(2), 150.0).abs_diff(10) <= 1 && moved(&term, seconds(3), 150.0) <= 1);
     }
 
     #[test]

@@ -179,9 +179,11 @@ impl Builder<'_> {
                 // A permission for a revision is no part of it, nor is what has to be written around it: it could not be
                 // named in itself.
                 let counts = |line: &&str| {
-                    !(line.trim().is_empty() || line.trim() == "[reload]" || line.trim_start().starts_with(PERMISSION))
+                    let code = line.split('#').next().unwrap_or_default().trim();
+                    !(line.is_empty() || code == "[reload]" || code.starts_with(PERMISSION))
                 };
-                let text: String = document.text.split_inclusive('\n').filter(counts).collect();
+                let text: String =
+                    document.text.lines().map(str::trim).filter(counts).flat_map(|line| [line, "\n"]).collect();
                 self.digest.update(text.len().to_le_bytes());
                 self.digest.update(&text);
                 Some(document)
@@ -928,22 +930,39 @@ fn target(
 /// # Errors
 /// A file cannot be read or written.
 pub fn copy(config: &Config, from: &Path, to: &Path) -> std::io::Result<()> {
-    std::fs::create_dir_all(to.join("regions"))?;
+    // As closed as where they come from, before anything is in them.
+    let folder = |from: &Path, to: &Path| {
+        std::fs::create_dir_all(to)?;
+        std::fs::set_permissions(to, std::fs::metadata(from)?.permissions())
+    };
+    folder(from, to)?;
     let mut files = toml_files(from)?;
     files.extend(toml_files(&from.join("regions"))?);
-    files.extend(config.files.iter().filter(|file| file.starts_with(from) && file.is_file()).cloned());
-    for file in files {
+    files.extend(config.files.iter().cloned());
+    for file in files.iter().filter(|file| file.is_file()) {
+        // As written it may lead out and in again: `regions/../tls/ca.pem`.
+        let file = lexical(file);
         let Ok(name) = file.strip_prefix(from) else { continue };
-        // A path that leads out again is none of those that lie here.
-        if name.components().any(|part| part == std::path::Component::ParentDir) {
-            continue;
-        }
-        if let Some(parent) = to.join(name).parent() {
-            std::fs::create_dir_all(parent)?;
+        let mut path = PathBuf::new();
+        for part in name.parent().into_iter().flat_map(Path::components) {
+            path.push(part);
+            folder(&from.join(&path), &to.join(&path))?;
         }
         std::fs::copy(&file, to.join(name))?;
     }
     Ok(())
+}
+
+/// A path without the steps that it takes back.
+fn lexical(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in path.components() {
+        match part {
+            std::path::Component::ParentDir => drop(plain.pop()),
+            part => plain.push(part),
+        }
+    }
+    plain
 }
 
 /// The TOML files of a directory by name, without those that editors leave about.

@@ -54,6 +54,7 @@ fn a_difference_is_told_by_who_moves_and_what_widens() {
     assert!(share("eu-west", Value::Null) > 0.3, "half of the questions are those of demo-eu: {diff}");
     let lost = diff["fallback_lost"].to_string();
     assert!(lost.contains("demo, model tiny: only ap-northeast is left of 3"), "{lost}");
+    assert!(lost.contains("demo-eu, model tiny: no region is left of 1"), "{lost}");
     assert_eq!(diff["residency_widens"], serde_json::json!([]));
 
     // A log says who asks; only its requests count.
@@ -87,6 +88,33 @@ fn a_difference_is_told_by_who_moves_and_what_widens() {
         said(&output)
     );
 
+    // Also where a rule for other clients hides it from those of unknown country, who are held to every rule.
+    let rule = |directory: &Path| {
+        let file = directory.join("gateway.toml");
+        let text = std::fs::read_to_string(&file).expect("readable");
+        std::fs::write(&file, format!("{text}\n[[country_rules]]\ncountries = [\"DE\"]\nrequire = [\"jp\"]\n"))
+            .expect("written");
+    };
+    let (ruled, ruled_joined) = (beside(&world, "ruled"), world.folder.join("ruled-joined"));
+    rule(&ruled);
+    assert!(Command::new("cp").arg("-r").arg(&joined).arg(&ruled_joined).status().expect("cp runs").success());
+    rule(&ruled_joined);
+    let output = isochrone(&["diff"], &[&ruled, &ruled_joined]);
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    assert!(
+        said(&output).contains("demo-eu: clients from anywhere else may now be served in us-east"),
+        "{}",
+        said(&output)
+    );
+
+    // The same callers under another name and another rule.
+    let renamed = beside(&world, "renamed");
+    change(&renamed.join("tenants.toml"), "[tenants.demo-eu]", "[tenants.renamed]");
+    change(&renamed.join("tenants.toml"), r#"residency = { require = ["eu"] }"#, "");
+    let output = isochrone(&["diff"], &[&old, &renamed]);
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    assert!(said(&output).contains("demo-eu, now renamed: it no longer requires eu"), "{}", said(&output));
+
     let broken = beside(&world, "broken");
     change(&broken.join("regions/us-east.toml"), "drain", "drian");
     let output = isochrone(&["diff"], &[&old, &broken]);
@@ -111,6 +139,22 @@ async fn what_is_applied_is_in_force_and_what_is_broken_is_not_applied() {
         })
         .await;
     assert!(said(&apply(&new, &[])).contains("in place already"));
+    // Back again, to what the first said that it had kept.
+    let told = said(&output);
+    let before = PathBuf::from(told.trim_end().rsplit("what was there: ").next().expect("a path"));
+    let output = apply(&before, &[]);
+    assert!(output.status.success() && before.join("gateway.toml").exists(), "{}", said(&output));
+    world
+        .until("it is as it was", async |world| {
+            (world.ask(Ask::from(GERMANY)).await.header("isochrone-region") == "eu-west").then_some(())
+        })
+        .await;
+    assert!(apply(&new, &[]).status.success());
+    world
+        .until("it is in force again", async |world| {
+            (world.ask(Ask::from(GERMANY)).await.header("isochrone-region") == "us-east").then_some(())
+        })
+        .await;
 
     change(&new.join("regions/eu-west.toml"), "drain = true", "drain = maybe");
     let output = apply(&new, &[]);
