@@ -3,10 +3,10 @@
 #![no_main]
 
 #[path = "../../src/api/envelope.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "the file is taken as it is; not all of it is read here")]
 mod envelope;
 #[path = "../../src/tensor.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "the file is taken as it is; not all of it is read here")]
 mod tensor;
 
 use bytes::Bytes;

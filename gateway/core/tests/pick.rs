@@ -476,6 +476,39 @@ fn a_mistyped_address_never_gets_a_request() {
 }
 
 #[test]
+fn the_first_that_is_measured_of_a_model_moves_nobody() {
+    // Of either region alone: the other is presumed to be as slow from the same moment on.
+    for measured in [0, 1] {
+        let fleet = fleet(vec![(region("near", 5.0), 1), (region("far", 20.0), 1)]);
+        let model = fleet.models[0].endpoints[measured].as_ref().expect("declared");
+        for second in 0..20 {
+            let now = Time(NOW.0 + second * 1_000_000_000);
+            (0..20).for_each(|_| model.answered(ms(60), now));
+            fleet.refresh(now);
+            let near = (0..100).filter(|share| Asked { now, ..Asked::at(*share) }.region(&fleet) == Ok(0)).count();
+            assert_eq!(near, 100, "{measured} at {second} s");
+        }
+    }
+}
+
+#[test]
+fn the_first_queue_that_is_reported_sends_nobody_away_at_once() {
+    let fleet = fleet(vec![(region("near", 5.0), 1), (region("far", 20.0), 1)]);
+    let model = fleet.models[0].endpoints[0].as_ref().expect("declared");
+    let near = |second: u64| {
+        let now = Time(NOW.0 + second * 1_000_000_000);
+        (0..20).for_each(|_| model.answered(ms(60), now));
+        fleet.endpoints[0].reported(Report { in_flight: 64, queued: 60 }, now);
+        fleet.refresh(now);
+        (0..100).filter(|share| Asked { now, ..Asked::at(*share) }.region(&fleet) == Ok(0)).count()
+    };
+    let stay: Vec<usize> = (0..12).map(near).collect();
+    assert_eq!(stay[0], 100);
+    assert!(stay.windows(2).all(|pair| pair[0] - pair[1] <= 11), "{stay:?}");
+    assert_eq!(stay.last(), Some(&0), "it does help in the end: {stay:?}");
+}
+
+#[test]
 fn a_region_that_has_become_slow_loses_a_tenth_of_its_clients_a_second() {
     let fleet = fleet(vec![(region("near", 5.0), 1), (region("far", 20.0), 1)]);
     let model = |endpoint: usize| fleet.models[0].endpoints[endpoint].as_ref().expect("declared");
