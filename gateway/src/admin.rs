@@ -5,26 +5,33 @@ use std::net::TcpListener;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use axum::extract::{RawQuery, State};
-use axum::http::{HeaderName, StatusCode, header};
+use axum::extract::{Path, RawQuery, Request, State};
+use axum::http::{HeaderMap, HeaderName, Method, StatusCode, Uri, header};
+use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use isochrone_telemetry::timestamp;
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
 use crate::app::Shared;
 use crate::endpoint::Endpoint;
+use crate::snapshot::Snapshot;
 use crate::{explain, metrics};
 
 /// Requests at once; more wait.
 const REQUESTS_MAX: usize = 32;
 
-/// Serves for ever; the future gives the reason for an end.
+/// Serves until a successor does; the future gives the reason for an end.
 ///
 /// # Errors
 /// The socket cannot be used.
-pub(crate) fn serve(socket: TcpListener, shared: Arc<Shared>) -> Result<impl Future<Output = String>, String> {
+pub(crate) fn serve(
+    socket: TcpListener,
+    shared: Arc<Shared>,
+    succeeded: CancellationToken,
+) -> Result<impl Future<Output = String>, String> {
     let listener = tokio::net::TcpListener::from_std(socket).map_err(|error| error.to_string())?;
     let router = Router::new()
         .route("/", get(index))
@@ -34,18 +41,26 @@ pub(crate) fn serve(socket: TcpListener, shared: Arc<Shared>) -> Result<impl Fut
         .route("/api/config", get(config))
         .route("/api/regions", get(regions))
         .route("/api/explain", get(explained))
+        .route("/api/reload", post(reread))
+        .route("/api/drain", get(drains))
+        .route("/api/drain/{region}", put(drain_region).delete(undrain_region))
+        .route("/api/drain/{region}/{endpoint}", put(drain_endpoint).delete(undrain_endpoint))
+        .layer(from_fn(same_origin))
         // A scraper gone wild costs the data path nothing.
         .layer(tower::limit::ConcurrencyLimitLayer::new(REQUESTS_MAX))
         .with_state(shared);
-    Ok(
-        async move { axum::serve(listener, router).await.map_or_else(|error| error.to_string(), |()| "it stopped".into()) },
-    )
+    Ok(async move {
+        let served = axum::serve(listener, router).with_graceful_shutdown(succeeded.cancelled_owned()).await;
+        served.map_or_else(|error| error.to_string(), |()| "it stopped".into())
+    })
 }
 
 async fn index() -> &'static str {
     "Isochrone\n\n/livez       the process works\n/readyz      it may get traffic\n/metrics     Prometheus\n\
      /api/config  the revision in force and the rejected one\n/api/regions regions and endpoints as they are now\n\
-     /api/explain?ip=ADDRESS&tenant=NAME&model=NAME  why such a request goes where it goes\n"
+     /api/explain?ip=ADDRESS&tenant=NAME&model=NAME  why such a request goes where it goes\n\n\
+     POST /api/reload  reads the directory now\nGET /api/drain    what is drained by hand\n\
+     PUT, DELETE /api/drain/REGION[/ENDPOINT]  drains it, or lets it return\n"
 }
 
 /// Ready once every endpoint has been probed, either way: before that a pick would be a guess. A region that is down does
@@ -73,6 +88,18 @@ async fn explained(State(shared): State<Arc<Shared>>, RawQuery(query): RawQuery)
     }
 }
 
+/// Reads the directory now, and tells what came of it: 200 if it is in force, 422 if it was rejected.
+async fn reread(state: State<Arc<Shared>>) -> (StatusCode, Json<Value>) {
+    let (ask, done) = tokio::sync::oneshot::channel();
+    if state.reread.try_send(ask).is_err() || done.await.is_err() {
+        let busy = json!({ "error": "the directory is being read already; ask again" });
+        return (StatusCode::SERVICE_UNAVAILABLE, Json(busy));
+    }
+    let rejected = state.config_state.lock().rejected.is_some();
+    let status = if rejected { StatusCode::UNPROCESSABLE_ENTITY } else { StatusCode::OK };
+    (status, config(state).await)
+}
+
 async fn config(State(shared): State<Arc<Shared>>) -> Json<Value> {
     let state = shared.config_state.lock();
     let rejected = state.rejected.as_ref();
@@ -81,6 +108,74 @@ async fn config(State(shared): State<Arc<Shared>>) -> Json<Value> {
         "accepted_at": timestamp(state.accepted_at),
         "rejected": rejected.map(|rejected| json!({ "revision": rejected.revision, "errors": rejected.problems })),
     }))
+}
+
+/// Refuses what a page of another site makes an operator's browser do. Programs send no `Origin`; a browser always does with
+/// such methods. A name, other than that of this machine, may be one that an attacker has made to lead here.
+async fn same_origin(request: Request, next: Next) -> Response {
+    let safe = matches!(*request.method(), Method::GET | Method::HEAD);
+    if safe || is_own(request.headers()) {
+        return next.run(request).await;
+    }
+    (StatusCode::FORBIDDEN, Json(json!({ "error": "a page of another site cannot ask for this" }))).into_response()
+}
+
+fn is_own(headers: &HeaderMap) -> bool {
+    let Some(origin) = headers.get(header::ORIGIN) else { return true };
+    let origin = origin.to_str().ok().and_then(|origin| origin.parse::<Uri>().ok());
+    let Some(authority) = origin.as_ref().and_then(Uri::authority) else { return false };
+    let host = authority.host().trim_matches(['[', ']']);
+    let named = host == "localhost" || host.parse::<std::net::IpAddr>().is_ok();
+    named && headers.get(header::HOST).is_some_and(|host| host.as_bytes() == authority.as_str().as_bytes())
+}
+
+async fn drains(State(shared): State<Arc<Shared>>) -> Json<Value> {
+    let snapshot = shared.snapshot.load();
+    let endpoints = snapshot.drains.endpoints.iter();
+    let endpoints = endpoints.map(|(region, address)| json!({ "region": region, "address": address }));
+    Json(json!({ "regions": snapshot.drains.regions, "endpoints": endpoints.collect::<Vec<_>>() }))
+}
+
+async fn drain_region(state: State<Arc<Shared>>, Path(region): Path<Box<str>>) -> Response {
+    drain(state, &region, None, true).await
+}
+
+async fn undrain_region(state: State<Arc<Shared>>, Path(region): Path<Box<str>>) -> Response {
+    drain(state, &region, None, false).await
+}
+
+async fn drain_endpoint(state: State<Arc<Shared>>, Path((region, address)): Path<(Box<str>, Box<str>)>) -> Response {
+    drain(state, &region, Some(&address), true).await
+}
+
+async fn undrain_endpoint(state: State<Arc<Shared>>, Path((region, address)): Path<(Box<str>, Box<str>)>) -> Response {
+    drain(state, &region, Some(&address), false).await
+}
+
+/// Drains, or lets return, and tells all that is drained. What is gone meanwhile can be taken back, but not drained.
+async fn drain(state: State<Arc<Shared>>, region: &str, address: Option<&str>, on: bool) -> Response {
+    let before = state.snapshot.load_full();
+    let known = before.regions.iter().find(|entry| *entry.name == *region).is_some_and(|entry| {
+        let endpoints = &before.endpoints[entry.endpoints.clone()];
+        address.is_none_or(|address| endpoints.iter().any(|endpoint| endpoint.name() == address))
+    });
+    let mut wanted = before.drains.clone();
+    let changed = match (address, on) {
+        (_, true) if !known => false,
+        (None, true) => wanted.regions.insert(region.into()) || known,
+        (None, false) => wanted.regions.remove(region) || known,
+        (Some(address), true) => wanted.endpoints.insert((region.into(), address.into())) || known,
+        (Some(address), false) => wanted.endpoints.remove(&(region.into(), address.into())) || known,
+    };
+    if !changed {
+        let what = address.map_or_else(|| format!("region `{region}`"), |at| format!("endpoint `{at}` in `{region}`"));
+        return (StatusCode::NOT_FOUND, Json(json!({ "error": format!("there is no {what}") }))).into_response();
+    }
+    tracing::info!(region, endpoint = address, drained = on, "by the operator");
+    // Nothing is awaited between the look at the snapshot and its successor, and all of this is one thread's.
+    let next = Snapshot::compile(Arc::clone(&before.config), wanted, Some(&before), state.now());
+    state.snapshot.store(Arc::new(next));
+    drains(state).await.into_response()
 }
 
 /// Microseconds are enough; the rest is noise of binary fractions.
@@ -94,6 +189,7 @@ async fn regions(State(shared): State<Arc<Shared>>) -> Json<Value> {
     let endpoint = |endpoint: &Arc<Endpoint>| {
         json!({
             "address": endpoint.name(),
+            "drained": endpoint.live.is_drained(),
             "healthy": endpoint.live.is_healthy(),
             "region_asserted": endpoint.live.is_asserted(),
             "ejected": endpoint.live.is_ejected(now),
@@ -114,7 +210,7 @@ async fn regions(State(shared): State<Arc<Shared>>) -> Json<Value> {
             "latitude": config.region.point.latitude(),
             "longitude": config.region.point.longitude(),
             "zones": config.region.zones,
-            "drain": config.region.drain,
+            "drain": fleet.region.drain,
             "in_flight": fleet.live.load(),
             "soft_limit": limit(config.region.soft_limit),
             "hard_limit": limit(config.region.hard_limit),

@@ -2,7 +2,7 @@
 
 use std::hash::RandomState;
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime};
@@ -16,8 +16,9 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Opened, Rejected};
+use crate::handover::{self, Predecessor};
 use crate::metrics::Counts;
-use crate::snapshot::Snapshot;
+use crate::snapshot::{Drains, Snapshot};
 use crate::{admin, kept, listener, probe, reload};
 
 /// What all cores share.
@@ -27,6 +28,8 @@ pub(crate) struct Shared {
     pub(crate) counts: Counts,
     pub(crate) log: Log,
     pub(crate) config_state: Mutex<ConfigState>,
+    /// Asks for the directory to be read now.
+    pub(crate) reread: mpsc::Sender<reload::Ask>,
     /// The process is leaving: not ready any more, though it still serves.
     pub(crate) leaving: AtomicBool,
     /// The name of no region.
@@ -89,24 +92,36 @@ impl Drop for Permit {
     }
 }
 
-/// Serves a directory until SIGTERM or SIGINT.
+/// What is served, and how the process comes to it.
+#[derive(Debug)]
+pub struct Serve {
+    /// The configuration.
+    pub directory: PathBuf,
+    /// Where the accepted state is kept; absent: beside the directory.
+    pub state: Option<PathBuf>,
+    /// In the place of the gateway that serves now, if there is one.
+    pub take_over: bool,
+}
+
+/// Serves a directory until SIGTERM or SIGINT, or until a successor has taken over.
 ///
 /// # Errors
 /// What keeps it from starting, or ended it, each in a line for the operator.
-pub fn serve(directory: &Path) -> Result<(), Vec<String>> {
+pub fn serve(how: &Serve) -> Result<(), Vec<String>> {
     let mut opened = Opened::default();
     // Absolute, so that the directory has a parent: there its replacement is seen, and the accepted state is kept.
-    let directory = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
-    let (config, rejected) = kept::start(&directory, &mut opened)
+    let directory = std::path::absolute(&how.directory).unwrap_or_else(|_| how.directory.clone());
+    let place = kept::Place::of(&directory, how.state.as_deref());
+    let (config, rejected) = kept::start(&directory, &place, &mut opened)
         .map_err(|rejected| rejected.problems.iter().map(ToString::to_string).collect::<Vec<_>>())?;
-    let admin = bind(config.admin, false).map_err(|error| vec![error])?;
-    let sockets = sockets(&config)?;
+    let sockets = Sockets::open(&config, how.take_over)?;
     let log = Log::start(config.cores);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| vec![format!("no runtime: {error}")])?;
-    let ended = runtime.block_on(control((directory, rejected), config, opened, admin, sockets, log.clone()));
+    let source = reload::Source { directory, place, opened, broken: rejected.is_some() };
+    let ended = runtime.block_on(control((source, rejected), config, sockets, log.clone()));
     runtime.shutdown_timeout(Duration::from_secs(1));
     log.end();
     ended.map_err(|error| vec![error])
@@ -114,11 +129,9 @@ pub fn serve(directory: &Path) -> Result<(), Vec<String>> {
 
 /// The control thread: signals, probes, reloads, the admin listener. It serves no request.
 async fn control(
-    (directory, rejected): (PathBuf, Option<Rejected>),
+    (source, rejected): (reload::Source, Option<Rejected>),
     config: Config,
-    mut opened: Opened,
-    admin: TcpListener,
-    sockets: Vec<Vec<TcpListener>>,
+    sockets: Sockets,
     log: Log,
 ) -> Result<(), String> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
@@ -129,38 +142,43 @@ async fn control(
         otlp: config.telemetry.otlp.as_deref(),
     };
     let telemetry = isochrone_telemetry::start(&settings, log.clone())?;
-    let snapshot = Snapshot::compile(config, None);
+    let clock = Instant::now();
+    let snapshot = Snapshot::compile(Arc::new(config), Drains::default(), None, Time::default());
     tracing::info!(revision = %snapshot.config.revision, regions = snapshot.regions.len(),
         endpoints = snapshot.endpoints.len(), cores = snapshot.config.cores, "configuration accepted");
+    if let Some(rejected) = &rejected {
+        reload::tell(rejected);
+        tracing::error!(revision = %snapshot.config.revision,
+            "started on the configuration that was accepted last: the directory is broken");
+    }
+    let (reread, asks) = mpsc::channel(8);
     let shared = Arc::new(Shared {
         snapshot: ArcSwap::from_pointee(snapshot),
         counts: Counts::default(),
         log,
-        config_state: Mutex::new(ConfigState { accepted_at: SystemTime::now(), rejected: None }),
+        config_state: Mutex::new(ConfigState { accepted_at: SystemTime::now(), rejected }),
+        reread,
         leaving: AtomicBool::new(false),
         nowhere: Arc::from(""),
         digests: RandomState::new(),
-        clock: Instant::now(),
+        clock,
     });
 
+    let offered = sockets.offered().map_err(|error| format!("no descriptor: {error}"))?;
+    let Sockets { admin, cores, predecessor } = sockets;
     let stop = CancellationToken::new();
     // Everything that must live as long as the process tells here how it ended; the first to end ends the process.
     let (ended, mut endings) = mpsc::channel::<String>(16);
     let probes = probe::Probes::start(Arc::clone(&shared), ended.clone());
     watched("the digest of what is measured", &ended, refresh(Arc::clone(&shared)));
-    watched("the admin listener", &ended, admin::serve(admin, Arc::clone(&shared))?);
-    match &rejected {
-        None => opened = reload::kept(&shared, &directory, opened).await,
-        Some(rejected) => {
-            reload::reject(&shared, rejected);
-            tracing::error!(revision = %shared.snapshot.load().config.revision,
-                "started on the configuration that was accepted last: the directory is broken");
-        }
+    watched("the watch on the configuration", &ended, reload::watch(source, Arc::clone(&shared), probes, asks));
+    if predecessor.is_some() {
+        known(&shared).await;
     }
-    watched("the watch on the configuration", &ended, reload::watch(directory, Arc::clone(&shared), opened, probes));
-
+    let succeeded = CancellationToken::new();
+    watched("the admin listener", &ended, admin::serve(admin, Arc::clone(&shared), succeeded.clone())?);
     let mut threads = Vec::new();
-    for (index, listeners) in sockets.into_iter().enumerate() {
+    for (index, listeners) in cores.into_iter().enumerate() {
         let core = Arc::new(Core::new(Arc::clone(&shared), index));
         let (stop, ended) = (stop.clone(), ended.clone());
         let run = move || {
@@ -172,6 +190,13 @@ async fn control(
         let thread = std::thread::Builder::new().name(format!("core-{index}")).spawn(run);
         threads.push(thread.map_err(|error| format!("no thread: {error}"))?);
     }
+    if let Some(predecessor) = predecessor {
+        match tokio::task::spawn_blocking(|| predecessor.release()).await.unwrap_or_else(|error| Err(error.into())) {
+            Ok(()) => tracing::info!("this process serves in the place of its predecessor"),
+            Err(error) => tracing::warn!(%error, "the predecessor has not made room"),
+        }
+    }
+    let successor = handover::succeeded(shared.snapshot.load().config.admin, offered);
 
     let interrupted = async {
         let first = async { Some(interrupt.as_mut().ok()?.recv().await) };
@@ -181,13 +206,22 @@ async fn control(
     let outcome = tokio::select! {
         _ = terminated => Ok(()),
         _ = interrupted => Ok(()),
+        () = successor => {
+            succeeded.cancel();
+            Ok(())
+        }
         Some(why) = endings.recv() => Err(why),
     };
     let shutdown = shared.snapshot.load().config.shutdown;
-    tracing::info!(delay_ms = shutdown.delay.as_millis(), grace_ms = shutdown.grace.as_millis(), "leaving");
-    // Load balancers look away before connections are refused.
+    tracing::info!(
+        delay_ms = shutdown.delay.as_millis(),
+        grace_ms = shutdown.grace.as_millis(),
+        successor = succeeded.is_cancelled(),
+        "leaving"
+    );
+    // Load balancers look away before connections are refused. With a successor, none will be.
     shared.leaving.store(true, Relaxed);
-    if outcome.is_ok() {
+    if outcome.is_ok() && !succeeded.is_cancelled() {
         tokio::time::sleep(shutdown.delay).await;
     }
     stop.cancel();
@@ -197,6 +231,21 @@ async fn control(
     tracing::info!(drained, "stopped");
     tokio::task::spawn_blocking(move || drop(telemetry)).await.map_err(|error| error.to_string())?;
     outcome
+}
+
+/// The longest that a successor keeps its predecessor waiting for the first answers of its endpoints.
+const WARM_UP: Duration = Duration::from_secs(10);
+
+/// Waits until every endpoint has been probed: before that a pick would be a guess, while the predecessor's is none.
+async fn known(shared: &Shared) {
+    let probed = async {
+        while !shared.snapshot.load().endpoints.iter().all(|endpoint| endpoint.live.is_probed()) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    if tokio::time::timeout(WARM_UP, probed).await.is_err() {
+        tracing::warn!("not every endpoint has been probed yet; serving all the same");
+    }
 }
 
 /// Between two digests of what is measured.
@@ -225,19 +274,62 @@ pub(crate) fn watched(
     });
 }
 
-/// Every listener's sockets, by core: each thread accepts from its own, so that the kernel spreads connections and none
-/// is handed from thread to thread.
-fn sockets(config: &Config) -> Result<Vec<Vec<TcpListener>>, Vec<String>> {
-    // SO_REUSEPORT would let a second gateway share a port in silence; a plain bind first finds the first one.
-    let problems: Vec<String> =
-        config.listeners.iter().filter_map(|listener| bind(listener.address, false).err()).collect();
-    if !problems.is_empty() {
-        return Err(problems);
+/// Where connections come in.
+struct Sockets {
+    admin: TcpListener,
+    /// Every listener's, by core: each thread accepts from its own, so that the kernel spreads connections and none is
+    /// handed from thread to thread.
+    cores: Vec<Vec<TcpListener>>,
+    predecessor: Option<Predecessor>,
+}
+
+impl Sockets {
+    /// Those that were passed to this process or that it takes over, and new ones for the rest.
+    fn open(config: &Config, take_over: bool) -> Result<Sockets, Vec<String>> {
+        let one = |error: String| vec![error];
+        let mut inherited = handover::passed().map_err(one)?;
+        let mut predecessor = None;
+        if take_over && let Some((sockets, serves)) = handover::take_over(config.admin).map_err(one)? {
+            (inherited, predecessor) = (sockets, Some(serves));
+        }
+        let mut problems = Vec::new();
+        let mut told = |bound: Result<TcpListener, String>| bound.map_err(|error| problems.push(error)).ok();
+        let admin = inherited.take(config.admin).pop().or_else(|| told(bind(config.admin, false)));
+        let listeners: Vec<Vec<TcpListener>> = config
+            .listeners
+            .iter()
+            .map(|listener| match inherited.take(listener.address) {
+                // SO_REUSEPORT would let a second gateway share a port in silence; a plain bind first finds the first one.
+                none if none.is_empty() && told(bind(listener.address, false)).is_some() => {
+                    (0..config.cores).filter_map(|_| told(bind(listener.address, true))).collect()
+                }
+                sockets => sockets,
+            })
+            .collect();
+        let (Some(admin), true) = (admin, problems.is_empty()) else { return Err(problems) };
+        for address in inherited.left() {
+            tracing::warn!(%address, "a socket that was passed on belongs to no listener; it is closed");
+        }
+        let cores = spread(&listeners, config.cores).map_err(|error| vec![format!("no descriptor: {error}")])?;
+        Ok(Sockets { admin, cores, predecessor })
     }
-    (0..config.cores)
-        .map(|_| config.listeners.iter().map(|listener| bind(listener.address, true)).collect())
-        .collect::<Result<_, String>>()
-        .map_err(|error| vec![error])
+
+    /// All of them once more, to be passed on.
+    fn offered(&self) -> std::io::Result<Vec<TcpListener>> {
+        self.cores.iter().flatten().chain([&self.admin]).map(TcpListener::try_clone).collect()
+    }
+}
+
+/// Gives each core of every listener's sockets at least one, and every socket a core. There may be more of them than cores or
+/// fewer, if they were made for another number.
+fn spread(listeners: &[Vec<TcpListener>], cores: usize) -> std::io::Result<Vec<Vec<TcpListener>>> {
+    let mut by_core: Vec<Vec<TcpListener>> = (0..cores).map(|_| Vec::new()).collect();
+    for sockets in listeners.iter().filter(|sockets| !sockets.is_empty()) {
+        for at in 0..cores.max(sockets.len()) {
+            by_core[at % cores].push(sockets[at % sockets.len()].try_clone()?);
+        }
+    }
+    Ok(by_core)
 }
 
 fn bind(address: std::net::SocketAddr, shared: bool) -> Result<TcpListener, String> {
@@ -247,7 +339,7 @@ fn bind(address: std::net::SocketAddr, shared: bool) -> Result<TcpListener, Stri
         socket.set_reuse_port(shared)?;
         socket.set_nonblocking(true)?;
         socket.bind(&address.into())?;
-        socket.listen(4096)?;
+        socket.listen(listener::QUEUE)?;
         Ok(TcpListener::from(socket))
     };
     bind().map_err(|error: std::io::Error| match error.kind() {

@@ -72,5 +72,5 @@ pub fn standing(directory: &Path) -> Option<PathBuf> {
     let directory = std::path::absolute(directory).ok()?;
     let opened = &mut Opened::default();
     let whole = config::load(&directory, opened).is_ok();
-    if whole { Some(directory) } else { kept::kept(&directory, opened).map(|(kept, _)| kept) }
+    if whole { Some(directory) } else { kept::kept(&kept::Place::of(&directory, None), opened).map(|(kept, _)| kept) }
 }

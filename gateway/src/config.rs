@@ -74,6 +74,8 @@ pub struct Config {
     pub telemetry: Telemetry,
     /// How long the directory must be quiet before a change is read.
     pub settle: Duration,
+    /// Between two readings that nothing has asked for; zero: there are none.
+    pub poll: Duration,
     /// The one revision that may remove more than half of the endpoints.
     pub allow_large_change: Box<str>,
     /// The regions, by name.
@@ -85,7 +87,7 @@ pub struct Config {
 }
 
 /// A directory that cannot be served, and why.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejected {
     /// A digest of the files, as far as they could be read.
     pub revision: Box<str>,
@@ -271,6 +273,8 @@ pub struct EndpointConfig {
     pub http: Option<Target>,
     /// Where it takes gRPC.
     pub grpc: Option<Target>,
+    /// Whether it takes nothing new. No part of what it is.
+    pub drain: bool,
     /// Whether its probe must name its region before it is used.
     pub assert_region: bool,
 }

@@ -20,7 +20,7 @@ use serde_json::Value;
 use crate::config::{self, Config, Opened};
 use crate::identity::Caller;
 use crate::policy::{self, Ask};
-use crate::snapshot::{Model, Snapshot};
+use crate::snapshot::{Drains, Model, Snapshot};
 use crate::{event, geo};
 
 /// What is asked.
@@ -123,7 +123,7 @@ pub fn offline(directory: &Path, question: &Question) -> Result<Explanation, Vec
 pub(crate) fn well(directory: &Path) -> Result<Snapshot, Vec<String>> {
     let config = config::load(directory, &mut Opened::default())
         .map_err(|rejected| rejected.problems.iter().map(ToString::to_string).collect::<Vec<_>>())?;
-    let snapshot = Snapshot::compile(Config { cores: 1, ..config }, None);
+    let snapshot = Snapshot::compile(Arc::new(Config { cores: 1, ..config }), Drains::default(), None, Time::default());
     let well = Probe::Answered { right_region: true, ready: true, round_trip_ms: 0.0, network_ms: 0.0 };
     for endpoint in &snapshot.endpoints {
         // Not refreshed afterwards: that no round trip was measured is what steering is to see.
@@ -287,7 +287,8 @@ fn none_or(list: &str) -> &str {
 fn state(fleet: &Fleet, at: RegionIndex, query: &Query<'_>, down: &[u16], now: Time) -> &'static str {
     let (region, look) = (fleet.region(at), fleet.look(at, query.grpc, query.model, down, now));
     let load = region.live.load();
-    if region.region.drain {
+    let lives = &fleet.endpoints[region.endpoints.clone()];
+    if fleet.is_drained(at) || lives.iter().all(|live| live.is_drained()) {
         "drained"
     } else if region.endpoints.clone().any(|endpoint| down.iter().any(|down| usize::from(*down) == endpoint)) {
         "assumed down"

@@ -1,16 +1,30 @@
 //! The last accepted state of the configuration, kept beside its directory: a start with a broken directory comes up on it,
 //! so that a bad push and a restart together are no outage.
 //!
-//! `conf/` is kept as `.conf.accepted/`. Beside it, not elsewhere, because files name others by paths relative to
-//! themselves; what they name outside of the directory is not copied.
+//! `conf/` is kept as `.conf.accepted/`. Beside it, unless the operator names another place, because files name others by
+//! paths relative to themselves; what they name outside of the directory is not copied.
 
 use std::path::{Path, PathBuf};
 
 use crate::config::{self, Config, Opened, Rejected};
 
-fn beside(directory: &Path, suffix: &str) -> Option<PathBuf> {
-    let name = directory.file_name()?.to_str()?;
-    Some(directory.with_file_name(format!(".{name}.{suffix}")))
+/// Where a directory is kept.
+#[derive(Clone, Debug)]
+pub(crate) struct Place(PathBuf);
+
+impl Place {
+    /// Beside the directory, or in `state`.
+    pub(crate) fn of(directory: &Path, state: Option<&Path>) -> Place {
+        Place(match (state, directory.file_name()) {
+            (Some(state), Some(name)) => state.join(name),
+            _ => directory.to_owned(),
+        })
+    }
+
+    fn with(&self, suffix: &str) -> Option<PathBuf> {
+        let name = self.0.file_name()?.to_str()?;
+        Some(self.0.with_file_name(format!(".{name}.{suffix}")))
+    }
 }
 
 /// Keeps a configuration that is in force. If that fails nothing is kept: an older one would be served as the last, with
@@ -18,8 +32,8 @@ fn beside(directory: &Path, suffix: &str) -> Option<PathBuf> {
 ///
 /// # Errors
 /// Why it could not be kept, for the log.
-pub(crate) fn keep(config: &Config, directory: &Path, opened: &mut Opened) -> Result<(), String> {
-    let place = |suffix| beside(directory, suffix).ok_or("the directory has no name".to_owned());
+pub(crate) fn keep(config: &Config, directory: &Path, place: &Place, opened: &mut Opened) -> Result<(), String> {
+    let place = |suffix| place.with(suffix).ok_or("the directory has no name".to_owned());
     let [kept, old] = [place("accepted")?, place("accepted.old")?];
     // Of this process: another gateway may serve the same directory.
     let new = place(&format!("accepting.{}", std::process::id()))?;
@@ -59,10 +73,10 @@ fn replace(
 }
 
 /// What was kept of a directory, if it still holds.
-pub(crate) fn kept(directory: &Path, opened: &mut Opened) -> Option<(PathBuf, Config)> {
+pub(crate) fn kept(place: &Place, opened: &mut Opened) -> Option<(PathBuf, Config)> {
     // The second is there if the process ended between two renames.
     ["accepted", "accepted.old"].into_iter().find_map(|suffix| {
-        let kept = beside(directory, suffix).filter(|kept| kept.is_dir())?;
+        let kept = place.with(suffix).filter(|kept| kept.is_dir())?;
         let config = config::load(&kept, opened).ok()?;
         Some((kept, config))
     })
@@ -79,12 +93,16 @@ fn remove(directory: &Path) -> std::io::Result<()> {
 ///
 /// # Errors
 /// The directory is broken, and nothing was kept that still holds.
-pub(crate) fn start(directory: &Path, opened: &mut Opened) -> Result<(Config, Option<Rejected>), Rejected> {
+pub(crate) fn start(
+    directory: &Path,
+    place: &Place,
+    opened: &mut Opened,
+) -> Result<(Config, Option<Rejected>), Rejected> {
     let rejected = match config::load(directory, opened) {
         Ok(config) => return Ok((config, None)),
         Err(rejected) => rejected,
     };
-    match kept(directory, opened) {
+    match kept(place, opened) {
         Some((_, config)) => Ok((config, Some(rejected))),
         None => Err(rejected),
     }

@@ -54,8 +54,10 @@ pub mod apply;
 
 mod probe;
 
+mod handover;
+
 mod admin;
 
 mod metrics;
 
-pub use app::serve;
+pub use app::{Serve, serve};

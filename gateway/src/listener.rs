@@ -1,21 +1,23 @@
 //! A serving thread: its sockets, the TLS of each connection, and the HTTP on top.
 
 use std::net::{SocketAddr, TcpListener};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use http::Request;
+use http::{HeaderValue, Request, Version, header};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::graceful::{GracefulShutdown, Watcher};
+use hyper_util::server::graceful::GracefulConnection;
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::app::Core;
 use crate::config::{Limits, Listener};
@@ -31,6 +33,14 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// The pause before looking again whether more of a preface has come.
 const PREFACE_PAUSE: Duration = Duration::from_millis(5);
 
+/// The most connections that wait to be accepted, for each socket.
+pub(crate) const QUEUE: i32 = 4096;
+
+/// How long a process that leaves waits for one more request of an HTTP/1.1 connection, whose answer then tells the client
+/// to go elsewhere. There is no other way to tell it: a request that is on its way when an idle connection is closed is lost.
+/// HTTP/2 has GOAWAY.
+const LINGER: Duration = Duration::from_secs(1);
+
 /// The wait after a failed accept. It fails for want of descriptors or memory, which only time brings back.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
@@ -44,12 +54,12 @@ pub(crate) fn run(core: Arc<Core>, sockets: Vec<TcpListener>, stop: Cancellation
         let limits = core.shared.snapshot.load().config.limits;
         let cores = core.shared.snapshot.load().config.cores;
         let places = Arc::new(Semaphore::new(limits.connections.div_ceil(cores)));
-        let graceful = Arc::new(GracefulShutdown::new());
+        // One of this thread's own: every connection looks at it whenever it wakes.
+        let ground =
+            Ground { core: Arc::clone(&core), places, connections: TaskTracker::new(), stop: stop.child_token() };
         let mut accepting = JoinSet::new();
         for socket in sockets {
-            let (core, places, graceful, stop) =
-                (Arc::clone(&core), Arc::clone(&places), Arc::clone(&graceful), stop.clone());
-            accepting.spawn(async move { accept(core, socket, places, graceful, stop).await });
+            accepting.spawn(accept(ground.clone(), socket));
         }
         while let Some(ended) = accepting.join_next().await {
             match ended {
@@ -60,36 +70,37 @@ pub(crate) fn run(core: Arc<Core>, sockets: Vec<TcpListener>, stop: Cancellation
         }
         // Answers in flight are let out; idle connections are closed, and HTTP/2 clients get GOAWAY.
         let grace = core.shared.snapshot.load().config.shutdown.grace;
-        if let Some(graceful) = Arc::into_inner(graceful) {
-            let _ = tokio::time::timeout(grace, graceful.shutdown()).await;
-        }
+        ground.connections.close();
+        let _ = tokio::time::timeout(grace, ground.connections.wait()).await;
         "it was told to".into()
     })
 }
 
-async fn accept(
+/// What the connections of a thread share.
+#[derive(Clone)]
+struct Ground {
     core: Arc<Core>,
-    socket: TcpListener,
     places: Arc<Semaphore>,
-    graceful: Arc<GracefulShutdown>,
+    connections: TaskTracker,
     stop: CancellationToken,
-) -> Result<(), String> {
+}
+
+async fn accept(ground: Ground, socket: TcpListener) -> Result<(), String> {
     let socket = tokio::net::TcpListener::from_std(socket).map_err(|error| error.to_string())?;
     let address = socket.local_addr().map_err(|error| error.to_string())?;
     loop {
         // A place first: beyond the limit, connections wait in the kernel's queue, which is bounded too.
         let accepted = async {
-            let place = Arc::clone(&places).acquire_owned().await.map_err(|error| error.to_string())?;
+            let place = Arc::clone(&ground.places).acquire_owned().await.map_err(|error| error.to_string())?;
             Ok::<_, String>((place, socket.accept().await))
         };
         let (place, accepted) = tokio::select! {
-            () = stop.cancelled() => return Ok(()),
+            () = ground.stop.cancelled() => break,
             accepted = accepted => accepted?,
         };
         match accepted {
             Ok((stream, from)) => {
-                let (core, watcher) = (Arc::clone(&core), graceful.watcher());
-                tokio::spawn(connection(core, stream, from, address, watcher, place));
+                ground.connections.spawn(connection(ground.clone(), stream, from, address, place));
             }
             Err(error) => {
                 tracing::warn!(%error, %address, "accept failed");
@@ -97,16 +108,35 @@ async fn accept(
             }
         }
     }
+    // What cannot be taken any more is lost either way.
+    empty(&ground, socket, address).or(Ok(()))
+}
+
+/// Takes what waits in the queue of a socket that is about to be closed: the kernel has told those clients that they are
+/// connected, and would reset them.
+fn empty(ground: &Ground, socket: tokio::net::TcpListener, address: SocketAddr) -> std::io::Result<()> {
+    let socket = socket.into_std()?;
+    for _ in 0..QUEUE {
+        let Ok(place) = Arc::clone(&ground.places).try_acquire_owned() else { return Ok(()) };
+        let (stream, from) = match socket.accept() {
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
+            accepted => accepted?,
+        };
+        stream.set_nonblocking(true)?;
+        let stream = TcpStream::from_std(stream)?;
+        ground.connections.spawn(connection(ground.clone(), stream, from, address, place));
+    }
+    Ok(())
 }
 
 async fn connection(
-    core: Arc<Core>,
+    ground: Ground,
     stream: TcpStream,
     from: SocketAddr,
     address: SocketAddr,
-    watcher: Watcher,
     place: OwnedSemaphorePermit,
 ) {
+    let Ground { core, stop, .. } = ground;
     core.shared.counts.connections.fetch_add(1, Relaxed);
     // Answers are written whole; waiting for more to fill a segment only delays them.
     let _ = stream.set_nodelay(true);
@@ -123,17 +153,26 @@ async fn connection(
     let peer = Arc::new(Peer { address: from.ip(), trust, secure: tls.is_some() });
     drop(snapshot);
     let service = {
-        let core = Arc::clone(&core);
+        let (core, stop) = (Arc::clone(&core), stop.clone());
         service_fn(move |request: Request<Incoming>| {
-            let (core, peer) = (Arc::clone(&core), Arc::clone(&peer));
-            async move { Ok::<_, std::convert::Infallible>(request::serve(core, peer, request).await) }
+            let (core, peer, stop) = (Arc::clone(&core), Arc::clone(&peer), stop.clone());
+            async move {
+                let is_http1 = request.version() <= Version::HTTP_11;
+                let mut answer = request::serve(core, peer, request).await;
+                if is_http1 && stop.is_cancelled() {
+                    answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                }
+                Ok::<_, std::convert::Infallible>(answer)
+            }
         })
     };
     // What ends a connection is the client's affair; its requests have told their own ends.
     match tls {
         None => match tokio::time::timeout(limits.header_timeout, speaks_http2(&stream)).await {
-            Ok(Ok(true)) => drop(watcher.watch(http2(&limits).serve_connection(TokioIo::new(stream), service)).await),
-            Ok(Ok(false)) => drop(watcher.watch(http1(&limits).serve_connection(TokioIo::new(stream), service)).await),
+            Ok(Ok(true)) => {
+                drive(http2(&limits).serve_connection(TokioIo::new(stream), service), &stop, Duration::ZERO).await
+            }
+            Ok(Ok(false)) => drive(http1(&limits).serve_connection(TokioIo::new(stream), service), &stop, LINGER).await,
             // It said nothing, or not enough to tell.
             Ok(Err(_)) | Err(_) => {}
         },
@@ -144,13 +183,26 @@ async fn connection(
                 return;
             };
             if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
-                drop(watcher.watch(http2(&limits).serve_connection(TokioIo::new(stream), service)).await);
+                drive(http2(&limits).serve_connection(TokioIo::new(stream), service), &stop, Duration::ZERO).await;
             } else {
-                drop(watcher.watch(http1(&limits).serve_connection(TokioIo::new(stream), service)).await);
+                drive(http1(&limits).serve_connection(TokioIo::new(stream), service), &stop, LINGER).await;
             }
         }
     }
     drop(place);
+}
+
+/// Serves a connection to its end. When the process leaves, what has begun is finished, and then the connection closed;
+/// one that is idle is closed after `linger`.
+async fn drive<C: GracefulConnection>(connection: C, stop: &CancellationToken, linger: Duration) {
+    let mut connection = pin!(connection);
+    tokio::select! {
+        biased;
+        _ = connection.as_mut() => return,
+        () = async { stop.cancelled().await; tokio::time::sleep(linger).await } => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    let _ = connection.await;
 }
 
 /// Whether a connection without TLS begins like HTTP/2. The bytes are looked at and left where they are.

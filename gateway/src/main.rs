@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use isochrone_gateway::Serve;
 use isochrone_gateway::apply::{self, Applied};
 use isochrone_gateway::config::{self, Opened};
 use isochrone_gateway::diff;
@@ -32,6 +33,13 @@ enum Command {
         /// The configuration: a directory with gateway.toml, regions/, tenants.toml and locations.toml.
         #[arg(long, value_name = "DIR")]
         config: PathBuf,
+        /// Keep the configuration that was accepted last in this directory instead of beside DIR.
+        #[arg(long, value_name = "DIR")]
+        state: Option<PathBuf>,
+        /// Take the listening sockets over from the gateway that serves now at the same admin address; that then drains and
+        /// ends. No connection is lost. Without one: an ordinary start.
+        #[arg(long)]
+        take_over: bool,
     },
     /// Tell every problem of a configuration, each as file:line:column. Exits 1 if there is any.
     Check {
@@ -132,7 +140,7 @@ enum Key {
 fn main() -> ExitCode {
     let mut out = std::io::stdout();
     let code = match Arguments::parse().command {
-        Command::Serve { config } => serve(&config),
+        Command::Serve { config, state, take_over } => serve(&Serve { directory: config, state, take_over }),
         Command::Check { config, json } => check(&config, json, &mut out),
         Command::Explain(arguments) => explain(arguments, &mut out),
         Command::Diff { old, new, options } => {
@@ -145,8 +153,8 @@ fn main() -> ExitCode {
     code.unwrap_or(ExitCode::SUCCESS)
 }
 
-fn serve(directory: &std::path::Path) -> std::io::Result<ExitCode> {
-    let Err(problems) = isochrone_gateway::serve(directory) else { return Ok(ExitCode::SUCCESS) };
+fn serve(how: &Serve) -> std::io::Result<ExitCode> {
+    let Err(problems) = isochrone_gateway::serve(how) else { return Ok(ExitCode::SUCCESS) };
     let mut errors = std::io::stderr();
     for problem in problems {
         writeln!(errors, "isochrone: {problem}")?;

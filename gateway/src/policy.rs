@@ -71,9 +71,7 @@ pub(crate) fn hold_to(newest: &Snapshot, begun: &Snapshot, permitted: Permitted,
     permitted.narrowed(|region| {
         let name = &begun.regions[region.get()].name;
         // One that has been drained meanwhile takes nothing new either.
-        let still = |other: RegionIndex| {
-            newest.regions[other.get()].name == *name && !newest.config.regions[other.get()].region.drain
-        };
+        let still = |other: RegionIndex| newest.regions[other.get()].name == *name && !newest.fleet.is_drained(other);
         now.as_ref().is_some_and(|now| now.regions().iter().any(still))
     })
 }

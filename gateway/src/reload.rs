@@ -1,4 +1,5 @@
-//! Hot reload: a change of a file, or SIGHUP, leads to a new snapshot, or to nothing but an error in the log.
+//! Hot reload: a change of a file, SIGHUP, or the operator's word leads to a new snapshot, or to nothing but an error in the
+//! log.
 //!
 //! All is read, validated and built before one pointer is swapped. Directories are watched rather than files, so that an
 //! atomic rename and a swapped symbolic link are seen like an edit.
@@ -6,12 +7,12 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use notify::event::{AccessKind, AccessMode};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::app::Shared;
 use crate::config::{self, Config, Opened, Rejected};
@@ -22,8 +23,28 @@ use crate::snapshot::Snapshot;
 /// However busy the directory, a change is read after so many settling times.
 const SETTLES_MAX: usize = 20;
 
+/// Asks for the directory to be read. The answer comes when its outcome is in force, whatever it is.
+pub(crate) type Ask = oneshot::Sender<()>;
+
+/// What is watched, and how far it has been read.
+#[derive(Debug)]
+pub(crate) struct Source {
+    pub(crate) directory: PathBuf,
+    /// Where the accepted state is kept.
+    pub(crate) place: kept::Place,
+    pub(crate) opened: Opened,
+    /// The directory was broken at the start; what was accepted last is in force.
+    pub(crate) broken: bool,
+}
+
 /// Watches for ever. Gives the reason why it cannot.
-pub(crate) async fn watch(directory: PathBuf, shared: Arc<Shared>, mut opened: Opened, mut probes: Probes) -> String {
+pub(crate) async fn watch(
+    source: Source,
+    shared: Arc<Shared>,
+    mut probes: Probes,
+    mut asks: mpsc::Receiver<Ask>,
+) -> String {
+    let Source { directory, place, mut opened, broken } = source;
     let changed = Arc::new(Notify::new());
     let mut watched = match Watched::start(Arc::clone(&changed), directory.clone()) {
         Ok(watched) => watched,
@@ -31,11 +52,25 @@ pub(crate) async fn watch(directory: PathBuf, shared: Arc<Shared>, mut opened: O
     };
     let Ok(mut hangup) = signal(SignalKind::hangup()) else { return "no handler for SIGHUP".into() };
     watched.follow(&shared.snapshot.load().config, &directory);
+    // Nobody has told what changed between the first reading and the beginning of the watch.
+    changed.notify_one();
+    if !broken {
+        opened = kept(&shared, &place, &directory, opened).await;
+    }
     loop {
-        tokio::select! {
-            () = changed.notified() => settle(&changed, &shared).await,
-            _ = hangup.recv() => {}
-        }
+        let mut asked: Option<Ask> = None;
+        let by_hand = tokio::select! {
+            () = changed.notified() => {
+                settle(&changed, &shared).await;
+                false
+            }
+            () = polled(&shared) => false,
+            _ = hangup.recv() => true,
+            Some(ask) = asks.recv() => {
+                asked = Some(ask);
+                true
+            }
+        };
         let reading = directory.clone();
         let read = tokio::task::spawn_blocking(move || (config::load(&reading, &mut opened), opened)).await;
         let result;
@@ -47,13 +82,25 @@ pub(crate) async fn watch(directory: PathBuf, shared: Arc<Shared>, mut opened: O
             Ok(config) => {
                 if accept(&shared, config) {
                     probes.follow();
-                    opened = kept(&shared, &directory, opened).await;
+                    opened = kept(&shared, &place, &directory, opened).await;
                 }
             }
-            Err(rejected) => reject(&shared, &rejected),
+            Err(rejected) => reject(&shared, rejected, by_hand),
+        }
+        if let Some(ask) = asked {
+            // Whoever asked may have gone.
+            let _ = ask.send(());
         }
         // Whether accepted or not: a directory may have been replaced by another of the same name.
         watched.follow(&shared.snapshot.load().config, &directory);
+    }
+}
+
+/// The time for another look, where file systems do not tell of changes.
+async fn polled(shared: &Shared) {
+    match shared.snapshot.load().config.poll {
+        Duration::ZERO => std::future::pending().await,
+        poll => tokio::time::sleep(poll).await,
     }
 }
 
@@ -86,7 +133,9 @@ fn accept(shared: &Shared, config: Config) -> bool {
             tracing::warn!(setting = what, "a change of this setting takes effect at the next start");
         }
     }
-    let snapshot = Snapshot::compile(config, Some(&before));
+    // The threads, and with them the pools, are as many as at the start: `cores` asks for a restart.
+    let config = Config { cores: before.config.cores, ..config };
+    let snapshot = Snapshot::compile(Arc::new(config), before.drains.clone(), Some(&before), shared.now());
     tracing::info!(revision = %snapshot.config.revision, regions = snapshot.regions.len(),
         endpoints = snapshot.endpoints.len(), "configuration accepted");
     shared.snapshot.store(Arc::new(snapshot));
@@ -123,9 +172,9 @@ fn small_enough(before: &Config, after: Config, directory: &Path) -> Result<Conf
 }
 
 /// Keeps what is in force beside the directory.
-pub(crate) async fn kept(shared: &Arc<Shared>, directory: &Path, mut opened: Opened) -> Opened {
-    let (snapshot, directory) = (shared.snapshot.load_full(), directory.to_owned());
-    let keep = move || (kept::keep(&snapshot.config, &directory, &mut opened), opened);
+async fn kept(shared: &Arc<Shared>, place: &kept::Place, directory: &Path, mut opened: Opened) -> Opened {
+    let (snapshot, directory, place) = (shared.snapshot.load_full(), directory.to_owned(), place.clone());
+    let keep = move || (kept::keep(&snapshot.config, &directory, &place, &mut opened), opened);
     match tokio::task::spawn_blocking(keep).await {
         Ok((Ok(()), opened)) => opened,
         Ok((Err(why), opened)) => {
@@ -143,12 +192,20 @@ fn addresses(config: &Config) -> BTreeSet<std::net::SocketAddr> {
     config.listeners.iter().map(|listener| listener.address).collect()
 }
 
-pub(crate) fn reject(shared: &Shared, rejected: &Rejected) {
+/// Notes what was refused. What was told already is told again only to somebody who asks.
+fn reject(shared: &Shared, rejected: Rejected, by_hand: bool) {
+    let known = shared.config_state.lock().rejected.replace(rejected.clone());
+    if known.as_ref() == Some(&rejected) && !by_hand {
+        return;
+    }
+    tell(&rejected);
+}
+
+pub(crate) fn tell(rejected: &Rejected) {
     for problem in &rejected.problems {
         tracing::error!(file = %problem.file.display(), line = problem.line, column = problem.column,
             reason = problem.message, rejected = %rejected.revision, "configuration rejected; the old one stays in force");
     }
-    shared.config_state.lock().rejected = Some(rejected.clone());
 }
 
 /// The directories being watched.

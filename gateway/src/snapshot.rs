@@ -2,11 +2,12 @@
 //!
 //! A request takes it once and sees nothing else, whatever is reloaded meanwhile.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
 use http::HeaderValue;
+use isochrone_core::Time;
 use isochrone_core::fleet::Fleet;
 use isochrone_core::live::Live;
 use isochrone_core::region::{Region, RegionIndex, RegionSet};
@@ -18,7 +19,9 @@ use crate::endpoint::Endpoint;
 /// The compiled view.
 #[derive(Debug)]
 pub(crate) struct Snapshot {
-    pub(crate) config: Config,
+    pub(crate) config: Arc<Config>,
+    /// What the operator drains beside what the files say.
+    pub(crate) drains: Drains,
     pub(crate) all_regions: RegionSet,
     pub(crate) regions: Vec<RegionEntry>,
     /// All endpoints; a region's are contiguous, and the places are those of the fleet.
@@ -32,6 +35,14 @@ pub(crate) struct Snapshot {
     pub(crate) keys: HashMap<[u8; 32], usize>,
     pub(crate) anonymous: Option<usize>,
     pub(crate) country_rules: CountryRules,
+}
+
+/// What takes nothing new because the operator has said so, until he takes it back or the process ends.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Drains {
+    pub(crate) regions: BTreeSet<Box<str>>,
+    /// Regions and addresses.
+    pub(crate) endpoints: BTreeSet<(Box<str>, Box<str>)>,
 }
 
 /// A region as the request path needs it.
@@ -77,29 +88,35 @@ pub(crate) struct TenantEntry {
 
 impl Snapshot {
     /// Compiles a configuration. Endpoints that `before` already has are taken over with their state.
-    pub(crate) fn compile(config: Config, before: Option<&Snapshot>) -> Snapshot {
+    pub(crate) fn compile(config: Arc<Config>, drains: Drains, before: Option<&Snapshot>, now: Time) -> Snapshot {
         let known: HashMap<&str, &Arc<Endpoint>> = before
             .into_iter()
             .flat_map(|before| &before.endpoints)
             .map(|endpoint| (&*endpoint.config.id, endpoint))
             .collect();
-        // The threads, and with them the pools, are as many as at the start: `cores` asks for a restart.
-        let cores = before.map_or(config.cores, |before| before.config.cores);
+        let cores = config.cores;
         let core_regions: Vec<Region> = config.regions.iter().map(|region| region.region.clone()).collect();
         let mut regions = Vec::new();
         let mut endpoints: Vec<Arc<Endpoint>> = Vec::new();
         let mut plan: Vec<(Region, Vec<Arc<Live>>)> = Vec::new();
         for region in &config.regions {
             let start = endpoints.len();
-            endpoints.extend(region.endpoints.iter().map(|endpoint| match known.get(&*endpoint.id) {
-                Some(known) => Arc::clone(known),
-                None => Arc::new(Endpoint::new(endpoint.clone(), cores, before.is_none())),
+            let name = &region.region.name;
+            endpoints.extend(region.endpoints.iter().map(|config| {
+                let endpoint = match known.get(&*config.id) {
+                    Some(known) => Arc::clone(known),
+                    None => Arc::new(Endpoint::new(config.clone(), cores, before.is_none())),
+                };
+                let by_hand =
+                    drains.endpoints.iter().any(|(region, address)| region == name && **address == *endpoint.name());
+                endpoint.live.drain(config.drain || by_hand, now);
+                endpoint
             }));
+            let drain = region.region.drain || drains.regions.contains(name);
             plan.push((
-                region.region.clone(),
+                Region { drain, ..region.region.clone() },
                 endpoints[start..].iter().map(|endpoint| Arc::clone(&endpoint.live)).collect(),
             ));
-            let name = &region.region.name;
             regions.push(RegionEntry {
                 name: Arc::from(&**name),
                 // Names are made of letters, digits and `-_.`, which `config` has made sure of.
@@ -131,7 +148,8 @@ impl Snapshot {
             keys: keys.flat_map(|(at, tenant)| tenant.keys.iter().map(move |key| (*key, at))).collect(),
             anonymous: config.tenants.iter().position(|tenant| Some(&tenant.name) == config.anonymous.as_ref()),
             country_rules: CountryRules::compile(&config.country_rules, &core_regions),
-            config: Config { cores, ..config },
+            config,
+            drains,
         }
     }
 

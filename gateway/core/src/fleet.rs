@@ -150,6 +150,11 @@ impl Fleet {
         }
     }
 
+    /// Whether a region takes nothing new, because its operator wants so.
+    pub fn is_drained(&self, at: RegionIndex) -> bool {
+        self.drained.contains(at)
+    }
+
     /// The region of an index.
     pub fn region(&self, at: RegionIndex) -> &FleetRegion {
         &self.regions[at.get()]
@@ -182,7 +187,8 @@ impl Fleet {
         let (mut count, mut look, mut warm) = (0_u16, Look::default(), 0.0);
         for endpoint in range {
             let live = &self.endpoints[endpoint];
-            count += u16::from(live.speaks(grpc));
+            // One that is drained is not missed: whoever drains it has thought of the others.
+            count += u16::from(live.speaks(grpc) && !live.is_drained());
             let availability = self.availability(endpoint, grpc, model, now);
             if !matches!(availability, Availability::Ready | Availability::Full) {
                 continue;

@@ -61,8 +61,8 @@ pub enum Availability {
     Full,
     /// Asserted, but its probes fail or it is ejected. Only a panic uses it.
     Unhealthy,
-    /// It has not yet proven to stand in its file's region, or does not speak the protocol asked for. Never used:
-    /// a mistyped URL must not leak.
+    /// It has not yet proven to stand in its file's region, does not speak the protocol asked for, or is drained. Never
+    /// used: a mistyped URL must not leak.
     Excluded,
 }
 
@@ -116,6 +116,8 @@ pub struct Live {
     kind: Kind,
     /// Extra attempts that this destination may still be sent.
     pub budget: Budget,
+    /// Its operator wants it to take nothing new.
+    drained: AtomicBool,
     healthy: AtomicBool,
     /// Its probe has named its region, and nothing since has cast a doubt on who is there: an answer that names another,
     /// nobody at the address, or a silence that made it unhealthy. Whoever comes back has to name the region anew.
@@ -217,6 +219,7 @@ impl Live {
         Live {
             kind,
             budget: Budget::default(),
+            drained: AtomicBool::new(false),
             healthy: AtomicBool::new(unprobed),
             asserted: AtomicBool::new(!kind.assert_region),
             probed_once: AtomicBool::new(unprobed),
@@ -248,9 +251,21 @@ impl Live {
         if grpc { self.kind.grpc } else { self.kind.http }
     }
 
+    /// Whether it takes nothing new, because its operator wants so. What is in flight there ends there.
+    pub fn is_drained(&self) -> bool {
+        self.drained.load(Relaxed)
+    }
+
+    /// Drains it, or lets it return. It returns as any other that recovers.
+    pub fn drain(&self, drained: bool, now: Time) {
+        if self.drained.swap(drained, Relaxed) && !drained {
+            self.returns(now);
+        }
+    }
+
     /// Whether it can take a request now.
     pub fn availability(&self, grpc: bool, model: Option<&ModelLive>, now: Time, rules: &Rules) -> Availability {
-        if !self.speaks(grpc) || !self.asserted.load(Relaxed) {
+        if !self.speaks(grpc) || !self.asserted.load(Relaxed) || self.is_drained() {
             Availability::Excluded
         } else if !self.healthy.load(Relaxed) || now.0 < self.ejected_until.load(Relaxed) {
             Availability::Unhealthy

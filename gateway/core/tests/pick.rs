@@ -90,6 +90,22 @@ fn the_nearest_region_that_can_then_the_next_and_never_a_drained_one() {
 }
 
 #[test]
+fn a_drained_endpoint_gets_nothing_and_is_not_missed() {
+    let fleet = fleet(vec![(region("near", 5.0), 2), (region("far", 60.0), 1)]);
+    let any = permitted(&fleet, &Residency::Any);
+    fleet.endpoints[0].drain(true, NOW);
+    for random in 0..100 {
+        let choice = Asked::at(99).pick(&fleet, &any, Tried::default(), mix(random)).expect("somebody");
+        assert_eq!(choice.endpoint, 1, "the last client too stays in the region");
+    }
+    assert_eq!(picked(&fleet, &any, &[1]), Ok((2, false)));
+    assert_eq!(picked(&fleet, &any, &[1, 2]), Err(Nobody::Left), "it is never a last resort");
+    fleet.endpoints[0].drain(false, NOW);
+    assert_eq!(picked(&fleet, &any, &[1]), Ok((0, false)));
+    assert!(fleet.endpoints[0].ramp(NOW, &fleet.rules) < 1.0, "it is eased in");
+}
+
+#[test]
 fn preferred_zones_come_before_nearer_regions_while_they_can() {
     let fleet = three();
     let far_first = permitted(&fleet, &Residency::Prefer(vec!["z-far".into()]));

@@ -381,18 +381,22 @@ impl World {
 
     fn strike(&mut self, server: usize, fault: Fault) {
         self.servers[server].fault = fault;
-        // Requests under way lose the ground that was sure.
-        let names: Vec<Box<str>> = self.unfaulted();
-        for request in self.requests.iter_mut().filter(|request| request.done.is_none()) {
-            request.answerable &=
-                names.iter().any(|name| request.config.may_see(name, request.tenant, request.location.country));
-        }
+        self.unsettle();
         if matches!(fault, Fault::Crashed) {
             let mut pending: Vec<_> = self.servers[server].pending.iter().copied().collect();
             pending.sort_unstable();
             for (request, id) in pending {
                 self.ended(request, id, Outcome::Reset);
             }
+        }
+    }
+
+    /// Requests under way lose the ground that was sure.
+    fn unsettle(&mut self) {
+        let names: Vec<Box<str>> = self.unfaulted();
+        for request in self.requests.iter_mut().filter(|request| request.done.is_none()) {
+            request.answerable &=
+                names.iter().any(|name| request.config.may_see(name, request.tenant, request.location.country));
         }
     }
 
@@ -456,6 +460,10 @@ impl World {
         let policy = self.config.steering.policy;
         let next = Config::compile(plan, residency, ruled, policy, &self.servers, Some(&self.config));
         self.config = Arc::new(next);
+        for server in &self.servers {
+            server.live.drain(self.random.chance(0.05), self.now);
+        }
+        self.unsettle();
     }
 
     fn arrive(&mut self) {
@@ -550,6 +558,7 @@ impl World {
         assert!(invariant::attempts_are_bounded(course.tried(), attempts().max), "seed {seed}: {:?}", course.tried());
         assert!(region.live.in_flight() <= region.region.hard_limit, "seed {seed}: {name} over its hard limit");
         let live = &config.fleet.endpoints[attempt.choice.endpoint];
+        assert!(!live.is_drained(), "seed {seed}: a drained endpoint");
         assert!(live.is_asserted(), "seed {seed}: an endpoint that has not named its region");
         if ongoing.attempts > 0 {
             let left = usize::from(course.tried()[ongoing.attempts - 1]);

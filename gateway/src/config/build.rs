@@ -159,6 +159,7 @@ impl Builder<'_> {
                 full_addresses: gateway.telemetry.full_addresses,
             },
             settle: gateway.reload.settle.0,
+            poll: gateway.reload.poll.0,
             allow_large_change: gateway.reload.allow_large_change,
             regions,
             tenants,
@@ -204,7 +205,7 @@ impl Builder<'_> {
         let otlp = gateway.telemetry.otlp.as_ref().is_none_or(|url| {
             url.parse::<http::Uri>().is_ok_and(|url| url.host().is_some() && url.scheme_str() == Some("http"))
         });
-        let checks: [(bool, &[&str], &str); 37] = [
+        let checks: [(bool, &[&str], &str); 38] = [
             (gateway.gateway.cores <= 1024, &["gateway", "cores"], "at most 1024"),
             (
                 !gateway.listeners.is_empty(),
@@ -268,6 +269,11 @@ impl Builder<'_> {
                 gateway.attempts.poison_for.0 <= Duration::from_secs(86_400),
                 &["attempts", "poison_for"],
                 "at most \"1d\"",
+            ),
+            (
+                gateway.reload.poll.0.is_zero() || gateway.reload.poll.0 >= Duration::from_secs(1),
+                &["reload", "poll"],
+                "\"0s\" for never, or at least \"1s\"",
             ),
             (otlp, &["telemetry", "otlp"], "an OTLP endpoint is http://HOST:PORT"),
             (gateway.limits.streams >= 1 && gateway.limits.in_flight >= 1, &["limits"], "limits are at least 1"),
@@ -667,7 +673,14 @@ impl Builder<'_> {
             endpoint.protocol,
             assert_region
         );
-        Some(EndpointConfig { id: id.into(), region: Arc::from(region), http, grpc, assert_region })
+        Some(EndpointConfig {
+            id: id.into(),
+            region: Arc::from(region),
+            http,
+            grpc,
+            drain: endpoint.drain,
+            assert_region,
+        })
     }
 
     fn tenants(&mut self, defaults: &Defaults<'_>) -> Vec<Tenant> {

@@ -257,6 +257,7 @@ pub(super) struct Telemetry {
 #[serde(deny_unknown_fields)]
 pub(super) struct Reload {
     pub(super) settle: Length,
+    pub(super) poll: Length,
     pub(super) allow_large_change: Box<str>,
 }
 
@@ -301,6 +302,7 @@ pub(super) struct Endpoint {
     pub(super) tls: Option<EndpointTls>,
     pub(super) protocol: Protocol,
     pub(super) region_assertion: RegionAssertion,
+    pub(super) drain: bool,
 }
 
 #[derive(Debug, Deserialize)]

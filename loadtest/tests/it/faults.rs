@@ -15,7 +15,7 @@ use tokio::sync::{Mutex, MutexGuard};
 use crate::faulty::{Faulty, Mode};
 use crate::world::{Ask, GERMANY, Plan, Process, World, binary, secrets, tiny_body};
 
-async fn alone() -> MutexGuard<'static, ()> {
+pub async fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::const_new(());
     ALONE.lock().await
 }

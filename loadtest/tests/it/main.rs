@@ -39,6 +39,8 @@ mod stub;
 
 mod traces;
 
+mod upgrade;
+
 mod worker;
 
 mod world;

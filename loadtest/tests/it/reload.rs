@@ -199,3 +199,86 @@ async fn a_change_that_would_empty_the_fleet_has_to_be_meant() {
         .await;
     assert_eq!(world.regions().await.expect("regions").as_array().map(Vec::len), Some(1));
 }
+
+#[tokio::test]
+async fn a_change_at_the_very_start_is_not_missed() {
+    let mut world = World::configured("early", Plan::default());
+    let good = std::fs::read_to_string(world.region_file("eu-west")).expect("readable");
+    for round in 0..8 {
+        world.spawn_gateway();
+        // The first moment in which anybody can know that it has read the directory.
+        world.until("it answers", async |world| world.admin("/api/config").await.map(|_| ())).await;
+        world.replace(&world.region_file("eu-west"), &good.replace("drain = false", "drain = true"));
+        let drained = async |world: &World| {
+            world.regions().await?.as_array()?.iter().find(|region| region["region"] == "eu-west")?["drain"].as_bool()
+        };
+        world.until("the change is in force", async |world| drained(world).await?.then_some(())).await;
+        assert!(world.gateway.as_mut().expect("started").terminate().success(), "round {round}");
+        world.replace(&world.region_file("eu-west"), &good);
+    }
+}
+
+#[tokio::test]
+async fn the_operator_can_have_the_directory_read_and_is_told_what_came_of_it() {
+    let world = World::start("reread", Plan::default()).await;
+    let good = std::fs::read_to_string(world.region_file("eu-west")).expect("readable");
+    world.replace(&world.region_file("eu-west"), &good.replace("latitude", "lattitude"));
+    let (status, told) = world.operate("POST", "/api/reload").await;
+    assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY);
+    assert!(told["rejected"]["errors"].to_string().contains("lattitude"), "{told}");
+    world.replace(&world.region_file("eu-west"), &good.replace("drain = false", "drain = true"));
+    let (status, told) = world.operate("POST", "/api/reload").await;
+    assert_eq!((status, &told["rejected"]), (StatusCode::OK, &Value::Null));
+    assert_eq!(world.ask(Ask::from(GERMANY)).await.header("isochrone-region"), "us-east");
+}
+
+#[tokio::test]
+async fn the_operator_drains_a_region_or_an_endpoint_without_an_edit() {
+    let world = World::start("drain-hand", Plan::default()).await;
+    let region = async || world.ask(Ask::from(GERMANY)).await.header("isochrone-region").to_owned();
+    assert_eq!(region().await, "eu-west");
+    let (status, drained) = world.operate("PUT", "/api/drain/eu-west").await;
+    assert_eq!((status, &drained["regions"]), (StatusCode::OK, &serde_json::json!(["eu-west"])));
+    assert_eq!(region().await, "us-east");
+    // It holds through a change of the files.
+    world.write_region("ap-northeast", true);
+    let (status, told) = world.operate("POST", "/api/reload").await;
+    assert_eq!((status, region().await.as_str()), (StatusCode::OK, "us-east"), "{told}");
+    let explained = world.admin(&format!("/api/explain?ip={GERMANY}&tenant=demo&model=tiny")).await.expect("told");
+    let state = |name: &str| {
+        let candidates = explained["candidates"].as_array().expect("a list");
+        candidates.iter().find(|row| row["region"] == name).expect("a candidate")["state"].clone()
+    };
+    assert_eq!((state("eu-west"), state("us-east")), ("drained".into(), "ready".into()));
+    // The last one too: nobody is left, and nobody is tried.
+    let address = format!("127.0.0.1:{}", world.worker_ports["us-east"]);
+    let (status, drained) = world.operate("PUT", &format!("/api/drain/us-east/{address}")).await;
+    assert_eq!((status, &drained["endpoints"][0]["address"]), (StatusCode::OK, &address.as_str().into()));
+    assert_eq!(world.ask(Ask::from(GERMANY)).await.status, StatusCode::SERVICE_UNAVAILABLE);
+    let regions = world.regions().await.expect("regions");
+    assert!(
+        regions[2]["endpoints"][0]["drained"] == true && regions[2]["endpoints"][0]["healthy"] == true,
+        "{regions}"
+    );
+    world.operate("DELETE", &format!("/api/drain/us-east/{address}")).await;
+    assert_eq!(region().await, "us-east");
+    let (_, drained) = world.operate("DELETE", "/api/drain/eu-west").await;
+    assert_eq!(drained, serde_json::json!({ "regions": [], "endpoints": [] }));
+    assert_eq!(region().await, "eu-west");
+    // By the file, an endpoint alone.
+    let text = std::fs::read_to_string(world.region_file("eu-west")).expect("readable");
+    world.replace(&world.region_file("eu-west"), &text.replace("[[endpoints]]", "[[endpoints]]\ndrain = true"));
+    assert_eq!(world.operate("POST", "/api/reload").await.0, StatusCode::OK);
+    assert_eq!(region().await, "us-east");
+    // What is not there cannot be drained; a page of another site cannot drain anything.
+    for path in ["/api/drain/mars", "/api/drain/eu-west/127.0.0.1:1"] {
+        assert_eq!(world.operate("PUT", path).await.0, StatusCode::NOT_FOUND);
+    }
+    let own = format!("http://127.0.0.1:{}", world.admin);
+    for (origin, status) in [("http://evil.example:9901", 403), ("null", 403), (own.as_str(), 200)] {
+        let destination = isochrone_loadtest::client::Destination::new(&own, None, false).expect("a URL");
+        let request = http::Request::put("/api/drain/us-east").header("origin", origin).body(Default::default());
+        let answer = destination.connect().await.expect("connects").send(request.expect("valid")).await.expect("told");
+        assert_eq!(answer.status.as_u16(), status, "{origin}");
+    }
+}

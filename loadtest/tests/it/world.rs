@@ -125,6 +125,11 @@ impl Process {
         let _ = self.child.wait();
     }
 
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<std::process::ExitStatus> {
+        self.child.try_wait().expect("waits")
+    }
+
     /// SIGTERM, and the exit status within the patience.
     pub fn terminate(&mut self) -> std::process::ExitStatus {
         self.signal("TERM");
@@ -379,6 +384,14 @@ residency = {{ require = ["eu"] }}
 
     pub async fn admin_text(&self, path: &str) -> Option<Bytes> {
         get(self.admin, path).await
+    }
+
+    /// What an operator does by the admin listener.
+    pub async fn operate(&self, method: &str, path: &str) -> (http::StatusCode, Value) {
+        let destination = Destination::new(&format!("http://127.0.0.1:{}", self.admin), None, false).expect("a URL");
+        let request = Request::builder().method(method).uri(path).body(Full::default()).expect("valid");
+        let answer = destination.connect().await.expect("connects").send(request).await.expect("an answer");
+        (answer.status, serde_json::from_slice(&answer.body).expect("JSON"))
     }
 
     /// A worker's own counts.
