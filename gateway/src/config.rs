@@ -10,7 +10,12 @@ mod document;
 
 mod file;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+pub mod schema;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -102,6 +107,8 @@ pub struct Listener {
     pub address: SocketAddr,
     /// Its certificate, unless it speaks plain HTTP.
     pub tls: Option<Arc<rustls::ServerConfig>>,
+    /// When the certificate expires, in seconds since 1970.
+    pub expires: Option<i64>,
     /// Whom to believe about the client's address.
     pub trust: Arc<Trust>,
 }
@@ -327,6 +334,10 @@ pub struct Tenant {
 #[derive(Debug, Default)]
 pub struct Opened {
     databases: HashMap<PathBuf, (Stamp, Arc<Database>)>,
+    /// Certificates that have been in force, by their digest: they may expire there.
+    certificates: HashSet<[u8; 32]>,
+    /// What is read was accepted once: its certificates may have expired since.
+    pub(crate) was_accepted: bool,
     /// One for the process: clients resume their sessions across a change of the configuration.
     ticketer: Option<Arc<dyn rustls::server::ProducesTickets>>,
 }

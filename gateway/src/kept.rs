@@ -77,8 +77,10 @@ pub(crate) fn kept(place: &Place, opened: &mut Opened) -> Option<(PathBuf, Confi
     // The second is there if the process ended between two renames.
     ["accepted", "accepted.old"].into_iter().find_map(|suffix| {
         let kept = place.with(suffix).filter(|kept| kept.is_dir())?;
-        let config = config::load(&kept, opened).ok()?;
-        Some((kept, config))
+        opened.was_accepted = true;
+        let config = config::load(&kept, opened);
+        opened.was_accepted = false;
+        Some((kept, config.ok()?))
     })
 }
 

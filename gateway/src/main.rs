@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use isochrone_gateway::Serve;
 use isochrone_gateway::apply::{self, Applied};
-use isochrone_gateway::config::{self, Opened};
+use isochrone_gateway::config::{self, Opened, schema};
 use isochrone_gateway::diff;
 use isochrone_gateway::explain::{self, Question};
 use serde_json::json;
@@ -75,9 +75,22 @@ enum Command {
         #[command(flatten)]
         options: DiffOptions,
     },
+    /// Print the JSON Schema of a file of the configuration, for editors.
+    Schema {
+        /// Of which.
+        file: Kind,
+    },
     /// Work with API keys.
     #[command(subcommand)]
     Key(Key),
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Kind {
+    Gateway,
+    Region,
+    Tenants,
+    Locations,
 }
 
 #[derive(Args)]
@@ -147,6 +160,7 @@ fn main() -> ExitCode {
             compare(&old, &new, &options, &mut out).map(|well| if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Command::Apply { new, config, options } => apply(&new, &config, &options, &mut out),
+        Command::Schema { file } => print_schema(file, &mut out),
         Command::Key(Key::New { tenant, json }) => new_key(&tenant, json, &mut out),
     };
     // A reader that has gone away has read what it wanted.
@@ -264,6 +278,17 @@ fn apply(
             return Ok(ExitCode::FAILURE);
         }
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_schema(file: Kind, out: &mut impl Write) -> std::io::Result<ExitCode> {
+    let file = match file {
+        Kind::Gateway => schema::File::Gateway,
+        Kind::Region => schema::File::Region,
+        Kind::Tenants => schema::File::Tenants,
+        Kind::Locations => schema::File::Locations,
+    };
+    writeln!(out, "{:#}", schema::schema(file))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -223,6 +223,27 @@ pub(crate) fn text(shared: &Shared) -> String {
     family("isochrone_config_rejected", "gauge", "Whether a newer state of the directory was rejected.", &mut |text| {
         let _ = writeln!(text, "isochrone_config_rejected {}", u8::from(state.rejected.is_some()));
     });
+    family("isochrone_config_rejected_info", "gauge", "The revision that was rejected last, if any.", &mut |text| {
+        if let Some(rejected) = &state.rejected {
+            let _ = writeln!(text, "isochrone_config_rejected_info{{revision=\"{}\"}} 1", rejected.revision);
+        }
+    });
+    family(
+        "isochrone_certificate_expiry_timestamp_seconds",
+        "gauge",
+        "When the certificate of a listener expires.",
+        &mut |text| {
+            for listener in &snapshot.config.listeners {
+                if let Some(expires) = listener.expires {
+                    let address = listener.address;
+                    let _ = writeln!(
+                        text,
+                        "isochrone_certificate_expiry_timestamp_seconds{{listener=\"{address}\"}} {expires}"
+                    );
+                }
+            }
+        },
+    );
     family("isochrone_config_age_seconds", "gauge", "Since the revision in force was accepted.", &mut |text| {
         let age = state.accepted_at.elapsed().unwrap_or_default().as_secs_f64();
         let _ = writeln!(text, "isochrone_config_age_seconds {age}");

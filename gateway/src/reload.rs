@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use notify::event::{AccessKind, AccessMode};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
@@ -71,6 +71,7 @@ pub(crate) async fn watch(
                 true
             }
         };
+        let begun = Instant::now();
         let reading = directory.clone();
         let read = tokio::task::spawn_blocking(move || (config::load(&reading, &mut opened), opened)).await;
         let result;
@@ -80,7 +81,7 @@ pub(crate) async fn watch(
         };
         match result.and_then(|config| small_enough(&shared.snapshot.load().config, config, &directory)) {
             Ok(config) => {
-                if accept(&shared, config) {
+                if accept(&shared, config, begun) {
                     probes.follow();
                     opened = kept(&shared, &place, &directory, opened).await;
                 }
@@ -115,7 +116,7 @@ async fn settle(changed: &Notify, shared: &Shared) {
 }
 
 /// Whether it is another than the one in force.
-fn accept(shared: &Shared, config: Config) -> bool {
+fn accept(shared: &Shared, config: Config, begun: Instant) -> bool {
     let before = shared.snapshot.load_full();
     if before.config.revision == config.revision {
         // Touched, or put back as it was.
@@ -136,9 +137,11 @@ fn accept(shared: &Shared, config: Config) -> bool {
     // The threads, and with them the pools, are as many as at the start: `cores` asks for a restart.
     let config = Config { cores: before.config.cores, ..config };
     let snapshot = Snapshot::compile(Arc::new(config), before.drains.clone(), Some(&before), shared.now());
-    tracing::info!(revision = %snapshot.config.revision, regions = snapshot.regions.len(),
-        endpoints = snapshot.endpoints.len(), "configuration accepted");
+    let (regions, endpoints) = (snapshot.regions.len(), snapshot.endpoints.len());
+    let revision = snapshot.config.revision.clone();
     shared.snapshot.store(Arc::new(snapshot));
+    let took_ms = begun.elapsed().as_millis();
+    tracing::info!(%revision, regions, endpoints, took_ms, "configuration accepted");
     let mut state = shared.config_state.lock();
     state.accepted_at = SystemTime::now();
     state.rejected = None;

@@ -10,7 +10,40 @@ use rustls::server::ProducesTickets;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use sha2::{Digest, Sha256};
 
-/// What a listener presents to its clients. Resumption by tickets, HTTP/2 preferred.
+/// What a listener presents to its clients.
+pub(crate) struct Presented {
+    pub(crate) config: ServerConfig,
+    /// Of the certificate itself.
+    pub(crate) digest: [u8; 32],
+    /// From when and until when it holds, in seconds since 1970.
+    begins: i64,
+    pub(crate) expires: i64,
+}
+
+impl Presented {
+    /// Whether it holds now.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn valid_now(&self) -> Result<(), String> {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+        let date = |seconds| isochrone_telemetry::timestamp(at(seconds));
+        if now >= self.expires {
+            Err(format!("the certificate expired at {}", date(self.expires)))
+        } else if now < self.begins {
+            Err(format!("the certificate is not valid before {}", date(self.begins)))
+        } else {
+            Ok(())
+        }
+    }
+}
+
+fn at(seconds: i64) -> std::time::SystemTime {
+    std::time::UNIX_EPOCH + std::time::Duration::from_secs(u64::try_from(seconds).unwrap_or_default())
+}
+
+/// Reads what a listener presents. Resumption by tickets, HTTP/2 preferred.
 ///
 /// # Errors
 /// The entry at fault, `certificate` or `key`, and what is wrong with it.
@@ -18,8 +51,14 @@ pub(crate) fn server_config(
     certificate: &Path,
     key: &Path,
     ticketer: Arc<dyn ProducesTickets>,
-) -> Result<ServerConfig, (&'static str, String)> {
+) -> Result<Presented, (&'static str, String)> {
     let chain = certificates(certificate).map_err(|message| ("certificate", message))?;
+    let (digest, validity) = {
+        let first = chain.first().map(|first| &**first).unwrap_or_default();
+        let (_, parsed) = x509_parser::parse_x509_certificate(first)
+            .map_err(|error| ("certificate", format!("{}: no X.509 certificate: {error}", certificate.display())))?;
+        (Sha256::digest(first).into(), parsed.validity().clone())
+    };
     let private = PrivateKeyDer::from_pem_file(key)
         .map_err(|error| ("key", format!("{}: no private key in PEM form: {error}", key.display())))?;
     let mut config = ServerConfig::builder_with_provider(provider())
@@ -35,7 +74,8 @@ pub(crate) fn server_config(
         })?;
     config.ticketer = ticketer;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(config)
+    let (begins, expires) = (validity.not_before.timestamp(), validity.not_after.timestamp());
+    Ok(Presented { config, digest, begins, expires })
 }
 
 /// The keys of session tickets, which rotate by themselves.

@@ -21,10 +21,10 @@ use super::{
     RegionConfig, Rejected, Route, Shutdown, Stamp, Target, TargetTls, Telemetry, Tenant, Trust, file,
 };
 use crate::geo::Database;
-use crate::tls;
+use crate::tls::{self, Presented};
 
 /// Every setting with its default.
-const REFERENCE: &str = include_str!("../../../config/reference.toml");
+pub(super) const REFERENCE: &str = include_str!("../../../config/reference.toml");
 
 /// The setting that permits one revision.
 const PERMISSION: &str = "allow_large_change";
@@ -231,7 +231,7 @@ impl Builder<'_> {
                 "thresholds are at least 1",
             ),
             (gateway.outlier.consecutive_failures >= 1, &["outlier", "consecutive_failures"], "at least 1"),
-            (gateway.limits.header_bytes.as_u64() >= 8192, &["limits", "header_bytes"], "at least \"8KiB\""),
+            (gateway.limits.header_bytes.0.as_u64() >= 8192, &["limits", "header_bytes"], "at least \"8KiB\""),
             (gateway.limits.connections >= 1, &["limits", "connections"], "at least 1"),
             (positive(&gateway.limits.header_timeout), &["limits", "header_timeout"], "longer than zero"),
             (positive(&gateway.limits.body_timeout), &["limits", "body_timeout"], "longer than zero"),
@@ -264,7 +264,11 @@ impl Builder<'_> {
             ),
             (gateway.capacity.queue <= 100_000, &["capacity", "queue"], "at most 100000"),
             ((1.0..=100.0).contains(&gateway.stall.slow_factor), &["stall", "slow_factor"], "from 1.0 to 100.0"),
-            (gateway.attempts.answer_buffer.as_u64() <= 64 << 20, &["attempts", "answer_buffer"], "at most \"64MiB\""),
+            (
+                gateway.attempts.answer_buffer.0.as_u64() <= 64 << 20,
+                &["attempts", "answer_buffer"],
+                "at most \"64MiB\"",
+            ),
             (
                 gateway.attempts.poison_for.0 <= Duration::from_secs(86_400),
                 &["attempts", "poison_for"],
@@ -312,7 +316,7 @@ impl Builder<'_> {
             let tls = listener.tls.as_ref().and_then(|tls| {
                 let (certificate, key) = (self.beside(main, &tls.certificate), self.beside(main, &tls.key));
                 match self.server_config(&certificate, &key) {
-                    Ok(config) => Some(Arc::new(config)),
+                    Ok(presented) => Some(presented),
                     Err((entry, message)) => {
                         self.say(main, &["listeners", &at, "tls", entry], message);
                         None
@@ -325,16 +329,13 @@ impl Builder<'_> {
                 file::ClientIp::Forwarded => ForwardedBy::Forwarded,
             };
             let trust = Arc::new(Trust { proxies: listener.trusted_proxies.clone(), source });
-            listeners.push(Listener { address: listener.address, tls, trust });
+            let (tls, expires) = tls.map(|Presented { config, expires, .. }| (Arc::new(config), expires)).unzip();
+            listeners.push(Listener { address: listener.address, tls, expires, trust });
         }
         listeners
     }
 
-    fn server_config(
-        &mut self,
-        certificate: &Path,
-        key: &Path,
-    ) -> Result<rustls::ServerConfig, (&'static str, String)> {
+    fn server_config(&mut self, certificate: &Path, key: &Path) -> Result<Presented, (&'static str, String)> {
         let ticketer = match &self.opened.ticketer {
             Some(ticketer) => Arc::clone(ticketer),
             None => Arc::clone(self.opened.ticketer.insert(tls::ticketer().map_err(|message| ("key", message))?)),
@@ -344,7 +345,16 @@ impl Builder<'_> {
         }
         // A renewed certificate is another state of the directory, though no TOML file has changed.
         self.digest.update(std::fs::read(certificate).unwrap_or_default());
-        tls::server_config(certificate, key, ticketer)
+        let presented = tls::server_config(certificate, key, ticketer)?;
+        let known = self.opened.was_accepted || self.opened.certificates.contains(&presented.digest);
+        match presented.valid_now() {
+            // One that has expired while it was in force stays there: a change of something else must remain possible.
+            Err(message) if !known => Err(("certificate", format!("{}: {message}", certificate.display()))),
+            _ => {
+                self.opened.certificates.insert(presented.digest);
+                Ok(presented)
+            }
+        }
     }
 
     fn geoip(&mut self, main: &Document, geoip: &file::GeoIp) -> Vec<Arc<Database>> {
@@ -738,6 +748,12 @@ impl Builder<'_> {
         let expected = "a key's hash is `sha256:` and 64 hexadecimal digits; `isochrone key new` prints one";
         match key {
             file::Key::Inline { hash } => parse(hash).ok_or_else(|| expected.to_owned()),
+            file::Key::Environment { hash_env } => {
+                let value = std::env::var(hash_env)
+                    .map_err(|_| format!("the environment has no text in a variable `{hash_env}`"))?;
+                self.digest.update(&value);
+                parse(&value).ok_or_else(|| format!("the environment's `{hash_env}`: {expected}"))
+            }
             file::Key::File { hash_file } => {
                 let path = self.beside(document, hash_file);
                 regular(&path, SECRET_MAX).map_err(|message| format!("{}: {message}", path.display()))?;
@@ -822,12 +838,12 @@ fn live_rules(gateway: &file::Gateway) -> live::Rules {
 }
 
 /// The tables of gateway.toml (over the reference's) that are laid under other tables.
-struct Defaults<'i> {
+pub(super) struct Defaults<'i> {
     root: DeTable<'i>,
 }
 
 impl<'i> Defaults<'i> {
-    fn of(main: &'i Document) -> Defaults<'i> {
+    pub(super) fn of(main: &'i Document) -> Defaults<'i> {
         let mut root = DeTable::parse_recoverable(&main.text).0.into_inner();
         lay_under(&mut root, reference().get_ref());
         Defaults { root }
@@ -837,7 +853,7 @@ impl<'i> Defaults<'i> {
         self.root.get("defaults")?.get_ref().as_table()?.get(name)?.get_ref().as_table()
     }
 
-    fn lay_under_region<'t>(&self, region: &mut DeTable<'t>)
+    pub(super) fn lay_under_region<'t>(&self, region: &mut DeTable<'t>)
     where
         'i: 't,
     {
@@ -847,7 +863,7 @@ impl<'i> Defaults<'i> {
         lay_under_each(region.get_mut("endpoints"), self.table("endpoint"));
     }
 
-    fn lay_under_tenants<'t>(&self, root: &mut DeTable<'t>)
+    pub(super) fn lay_under_tenants<'t>(&self, root: &mut DeTable<'t>)
     where
         'i: 't,
     {
@@ -870,7 +886,7 @@ fn lay_under_each<'i>(value: Option<&mut toml::Spanned<DeValue<'i>>>, defaults: 
     }
 }
 
-fn lay_gateway_defaults(root: &mut DeTable<'_>) {
+pub(super) fn lay_gateway_defaults(root: &mut DeTable<'_>) {
     lay_under(root, reference().get_ref());
     let defaults = root.get("defaults").and_then(|value| value.get_ref().as_table());
     let listener = defaults.and_then(|table| table.get("listener")?.get_ref().as_table().cloned());
@@ -1010,8 +1026,8 @@ fn sorted(mut zones: Vec<Box<str>>) -> Vec<Box<str>> {
     zones
 }
 
-fn bytes(size: bytesize::ByteSize) -> usize {
-    usize::try_from(size.as_u64()).unwrap_or(usize::MAX)
+fn bytes(size: file::Size) -> usize {
+    usize::try_from(size.0.as_u64()).unwrap_or(usize::MAX)
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -106,7 +106,12 @@ impl Document {
             clean = false;
             let missing = quoted(error.message(), "missing field `");
             if missing.is_none_or(|key| !excused.iter().any(|excused| excused == key)) {
-                problems.push(self.problem_of(&error));
+                let problem = self.problem_of(&error);
+                if problems.last() == Some(&problem) {
+                    // It is in the defaults that were laid in, whence nothing can be taken out.
+                    break;
+                }
+                problems.push(problem);
             }
             excused.extend(quoted(error.message(), "unknown field `").and_then(|key| meant(key, error.message())));
             match error.span().and_then(|span| remove(root.get_mut(), &span)) {

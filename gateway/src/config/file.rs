@@ -5,11 +5,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use bytesize::ByteSize;
 use ipnet::IpNet;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer};
 
-#[derive(Debug, Deserialize)]
+/// `gateway.toml`.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Gateway {
     pub(super) gateway: Instance,
@@ -37,7 +39,8 @@ pub(super) struct Gateway {
     _defaults: Defaults,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Instance {
     pub(super) instance: String,
@@ -47,23 +50,28 @@ pub(super) struct Instance {
     pub(super) zones: Vec<Box<str>>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Listener {
+    #[schemars(with = "Address")]
     pub(super) address: SocketAddr,
     pub(super) tls: Option<ListenerTls>,
+    #[schemars(with = "Vec<Network>")]
     pub(super) trusted_proxies: Vec<IpNet>,
     pub(super) client_ip: ClientIp,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct ListenerTls {
     pub(super) certificate: PathBuf,
     pub(super) key: PathBuf,
 }
 
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum ClientIp {
     Peer,
@@ -71,26 +79,31 @@ pub(super) enum ClientIp {
     Forwarded,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Admin {
+    #[schemars(with = "Address")]
     pub(super) address: SocketAddr,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Identity {
     pub(super) anonymous: Option<Box<str>>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct GeoIp {
     pub(super) files: Vec<PathBuf>,
     pub(super) optional: bool,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Steering {
     pub(super) policy: Policy,
@@ -102,7 +115,8 @@ pub(super) struct Steering {
     pub(super) pools: Vec<Pool>,
 }
 
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Policy {
     Nearest,
@@ -111,7 +125,8 @@ pub(super) enum Policy {
     Weighted,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Pool {
     #[serde(default)]
@@ -121,7 +136,8 @@ pub(super) struct Pool {
     pub(super) regions: Vec<Box<str>>,
 }
 
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Continent {
     Africa,
@@ -133,7 +149,8 @@ pub(super) enum Continent {
     SouthAmerica,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Route {
     #[serde(default)]
@@ -148,7 +165,8 @@ pub(super) struct Route {
     pub(super) hedge: Option<Hedge>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Hedge {
     pub(super) floor: Length,
@@ -156,14 +174,16 @@ pub(super) struct Hedge {
     pub(super) share: f32,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct CountryRule {
     pub(super) countries: Vec<String>,
     pub(super) require: Vec<Box<str>>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Probes {
     pub(super) interval: Length,
@@ -176,7 +196,8 @@ pub(super) struct Probes {
     pub(super) relaxed: f32,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Outlier {
     pub(super) consecutive_failures: u32,
@@ -188,7 +209,8 @@ pub(super) struct Outlier {
     pub(super) error_penalty: Length,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Capacity {
     pub(super) slow_start: Length,
@@ -201,7 +223,8 @@ pub(super) struct Capacity {
     pub(super) report_fresh: Length,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Stall {
     pub(super) silence: Length,
@@ -211,7 +234,8 @@ pub(super) struct Stall {
     pub(super) slow_unknown: Length,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Attempts {
     pub(super) max: usize,
@@ -219,32 +243,35 @@ pub(super) struct Attempts {
     pub(super) budget_floor_per_second: u32,
     pub(super) connect_timeout: Length,
     pub(super) timeout: Length,
-    pub(super) replay_buffer: ByteSize,
-    pub(super) answer_buffer: ByteSize,
+    pub(super) replay_buffer: Size,
+    pub(super) answer_buffer: Size,
     pub(super) poison_for: Length,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Limits {
     pub(super) header_timeout: Length,
     pub(super) body_timeout: Length,
     pub(super) answer_silence: Length,
-    pub(super) header_bytes: ByteSize,
-    pub(super) openai_body: ByteSize,
+    pub(super) header_bytes: Size,
+    pub(super) openai_body: Size,
     pub(super) connections: usize,
     pub(super) streams: u32,
     pub(super) in_flight: usize,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Shutdown {
     pub(super) delay: Length,
     pub(super) grace: Length,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Telemetry {
     pub(super) otlp: Option<String>,
@@ -253,7 +280,8 @@ pub(super) struct Telemetry {
     pub(super) full_addresses: bool,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Reload {
     pub(super) settle: Length,
@@ -261,26 +289,36 @@ pub(super) struct Reload {
     pub(super) allow_large_change: Box<str>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 struct Defaults {
     #[serde(rename = "listener")]
+    #[schemars(with = "serde_json::Value")]
     _listener: toml::Table,
     #[serde(rename = "region")]
+    #[schemars(with = "serde_json::Value")]
     _region: toml::Table,
     #[serde(rename = "endpoint")]
+    #[schemars(with = "serde_json::Value")]
     _endpoint: toml::Table,
     #[serde(rename = "tenant")]
+    #[schemars(with = "serde_json::Value")]
     _tenant: toml::Table,
 }
 
 /// `regions/NAME.toml`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Region {
+    /// The same as the file's; it need not stand here.
     pub(super) name: Option<Box<str>>,
+    /// Where it stands: the country, as two letters of ISO 3166-1.
     pub(super) country: String,
+    /// Degrees north.
     pub(super) latitude: f32,
+    /// Degrees east.
     pub(super) longitude: f32,
     pub(super) zones: Vec<Box<str>>,
     pub(super) drain: bool,
@@ -289,30 +327,38 @@ pub(super) struct Region {
     pub(super) soft_limit: Option<u32>,
     pub(super) hard_limit: Option<u32>,
     #[serde(default)]
+    /// Its workers.
     pub(super) endpoints: Vec<Endpoint>,
     #[serde(default)]
+    /// The models that it serves, by name.
     pub(super) models: BTreeMap<Box<str>, Model>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Endpoint {
+    /// Where it takes HTTP: `http://HOST:PORT`, or `https://` with `tls`.
     pub(super) http: Option<String>,
+    /// Where it takes gRPC.
     pub(super) grpc: Option<String>,
+    /// Whose certificates to believe.
     pub(super) tls: Option<EndpointTls>,
     pub(super) protocol: Protocol,
     pub(super) region_assertion: RegionAssertion,
     pub(super) drain: bool,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct EndpointTls {
     pub(super) ca: PathBuf,
     pub(super) server_name: Option<String>,
 }
 
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq, Hash)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Protocol {
     Auto,
@@ -320,7 +366,8 @@ pub(super) enum Protocol {
     Http2,
 }
 
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum RegionAssertion {
     Probe,
@@ -328,37 +375,50 @@ pub(super) enum RegionAssertion {
 }
 
 /// A model that the region serves.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Model {
     #[serde(default)]
+    /// The versions that are there. Absent: any.
     pub(super) versions: Vec<Box<str>>,
 }
 
 /// `tenants.toml`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Tenants {
     #[serde(default)]
     pub(super) tenants: BTreeMap<Box<str>, Tenant>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Tenant {
+    /// Hashes of its API keys; `isochrone key new` prints one.
     pub(super) keys: Vec<Key>,
+    /// `require`: its requests go to regions in these zones and nowhere else. `prefer`: to these first.
     pub(super) residency: Option<Residency>,
     pub(super) models: Vec<Box<str>>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(untagged, deny_unknown_fields, expecting = "expected { hash = \"sha256:…\" } or { hash_file = \"path\" }")]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
+#[serde(
+    untagged,
+    deny_unknown_fields,
+    expecting = "expected { hash = \"sha256:…\" }, { hash_file = \"path\" } or { hash_env = \"NAME\" }"
+)]
 pub(super) enum Key {
     Inline { hash: String },
     File { hash_file: PathBuf },
+    Environment { hash_env: String },
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Residency {
     Require(Vec<Box<str>>),
@@ -366,16 +426,19 @@ pub(super) enum Residency {
 }
 
 /// `locations.toml`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Locations {
     #[serde(default)]
     pub(super) locations: Vec<Location>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Location {
+    #[schemars(with = "Network")]
     pub(super) cidr: IpNet,
     pub(super) country: Option<String>,
     pub(super) latitude: Option<f32>,
@@ -385,6 +448,57 @@ pub(super) struct Location {
 /// A duration with its unit: `"250ms"`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Length(pub(super) Duration);
+
+/// A number of bytes with its unit: `"64KiB"`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(transparent)]
+pub(super) struct Size(pub(super) bytesize::ByteSize);
+
+/// An address with its port, as [`SocketAddr`] reads it.
+struct Address;
+
+/// A range of addresses, as [`IpNet`] reads it.
+struct Network;
+
+/// What a text has to look like, for editors.
+macro_rules! text {
+    ($($of:ty: $pattern:literal),*) => {
+        $(impl JsonSchema for $of {
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                stringify!($of).into()
+            }
+
+            fn inline_schema() -> bool {
+                true
+            }
+
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({ "type": "string", "pattern": $pattern })
+            }
+        })*
+    };
+}
+
+text! {
+    Length: "^[0-9]+ *[a-z]+",
+    Size: "^[0-9.]+ *[KMGTkmgt]?i?[Bb]?$",
+    Address: ":[0-9]+$",
+    Network: "/[0-9]+$"
+}
+
+#[cfg(test)]
+impl serde::Serialize for Length {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&humantime::format_duration(self.0))
+    }
+}
+
+#[cfg(test)]
+impl serde::Serialize for Size {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{}B", self.0.as_u64()))
+    }
+}
 
 impl<'de> Deserialize<'de> for Length {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Length, D::Error> {

@@ -60,3 +60,13 @@ async fn real_clients_find_the_gateway_as_they_expect_a_worker() {
     let (well, told) = run(command).await;
     assert!(well, "{told}");
 }
+
+#[tokio::test]
+async fn editors_find_what_is_wrong_by_the_schemas() {
+    let config = root().join("config");
+    let mut command = python();
+    command.arg(root().join("loadtest/clients/schemas.py")).arg(config.join("schema")).arg(&config);
+    command.args(crate::startup::examples());
+    let (well, told) = run(command).await;
+    assert!(well && told.contains("ok "), "{told}");
+}

@@ -33,6 +33,8 @@ mod repository;
 
 mod startup;
 
+mod storm;
+
 mod steering;
 
 mod stub;

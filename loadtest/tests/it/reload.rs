@@ -282,3 +282,71 @@ async fn the_operator_drains_a_region_or_an_endpoint_without_an_edit() {
         assert_eq!(answer.status.as_u16(), status, "{origin}");
     }
 }
+
+/// Writes a certificate that holds from an hour ago until so many seconds from now, and its key.
+fn certificate(folder: &std::path::Path, seconds: i64) -> i64 {
+    let now = time::OffsetDateTime::now_utc();
+    let mut parameters = rcgen::CertificateParams::new(["localhost".to_owned()]).expect("a name");
+    parameters.not_before = now - time::Duration::HOUR;
+    parameters.not_after = now + time::Duration::seconds(seconds);
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let certificate = parameters.self_signed(&key).expect("signed");
+    // Both in one step, as a renewal does it with a link: half a pair is no pair.
+    let next = folder.with_extension("next");
+    std::fs::create_dir_all(&next).expect("a folder");
+    std::fs::write(next.join("cert.pem"), certificate.pem()).expect("written");
+    std::fs::write(next.join("key.pem"), key.serialize_pem()).expect("written");
+    let _ = std::fs::remove_dir_all(folder);
+    std::fs::rename(&next, folder).expect("renamed");
+    parameters.not_after.unix_timestamp()
+}
+
+#[tokio::test]
+async fn an_expired_certificate_is_refused_unless_it_was_in_force() {
+    let mut world = World::configured("expiry", Plan::default());
+    let (file, pair) = (world.config().join("gateway.toml"), world.config().join("pair"));
+    let text = std::fs::read_to_string(&file).expect("readable");
+    let secrets = crate::world::secrets().folder.display().to_string();
+    std::fs::write(
+        &file,
+        text.replace(&format!("{secrets}/cert"), "pair/cert").replace(&format!("{secrets}/key"), "pair/key"),
+    )
+    .expect("written");
+    // It does not start with one, and `check` says why.
+    certificate(&pair, -60);
+    let check = |world: &World| {
+        let mut command = std::process::Command::new(crate::world::binary("isochrone"));
+        let output = command.args(["check", "--config"]).arg(world.config()).output().expect("runs");
+        (output.status.code(), String::from_utf8(output.stdout).expect("text"))
+    };
+    let (code, said) = check(&world);
+    assert!(code == Some(1) && said.contains("the certificate expired at 20"), "{said}");
+    for region in ["ap-northeast", "eu-west", "us-east"] {
+        world.start_worker(region);
+    }
+    let soon = certificate(&pair, 4);
+    world.start_gateway().await;
+    let expiry = async |world: &World| {
+        let metrics = String::from_utf8(world.admin_text("/metrics").await?.to_vec()).ok()?;
+        let line = metrics.lines().find(|line| line.starts_with("isochrone_certificate_expiry_timestamp_seconds{"))?;
+        line.rsplit_once(' ')?.1.parse::<i64>().ok()
+    };
+    assert_eq!(expiry(&world).await, Some(soon));
+    let is_expired = async |_: &World| (time::OffsetDateTime::now_utc().unix_timestamp() > soon).then_some(());
+    world.until("it has expired", is_expired).await;
+    // Everything else can still be changed.
+    world.write_region("eu-west", true);
+    assert_eq!(world.operate("POST", "/api/reload").await.0, StatusCode::OK);
+    // A restart is not the moment to stop serving what was served: it comes up on what was accepted, and says so.
+    assert!(world.gateway.as_mut().expect("started").terminate().success());
+    world.start_gateway().await;
+    let config = world.admin("/api/config").await.expect("a configuration");
+    assert!(config["rejected"]["errors"].to_string().contains("expired"), "{config}");
+    // Another one that has expired is refused; one that holds is taken, without a word to the gateway.
+    certificate(&pair, -60);
+    assert_eq!(world.operate("POST", "/api/reload").await.0, StatusCode::UNPROCESSABLE_ENTITY);
+    assert_eq!(expiry(&world).await, Some(soon));
+    let later = certificate(&pair, 3_600);
+    world.until("the new one is presented", async |world| (expiry(world).await? == later).then_some(())).await;
+    assert_eq!(world.admin("/api/config").await.expect("a configuration")["rejected"], Value::Null);
+}

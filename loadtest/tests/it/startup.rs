@@ -1,6 +1,6 @@
 //! What keeps the programs from starting is said in one line, with its place and what to do, and a status that says no.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use crate::world::{Plan, World, binary, root, secrets};
@@ -150,6 +150,38 @@ fn the_shipped_configuration_is_valid() {
     }
     let checked = run("isochrone", &["check", "--config"], &copy.join("config"));
     assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
+}
+
+pub fn examples() -> Vec<PathBuf> {
+    let folders = std::fs::read_dir(root().join("config/examples")).expect("examples");
+    folders.map(|entry| entry.expect("an entry").path()).collect()
+}
+
+#[test]
+fn every_example_is_valid_once_its_secrets_are_there() {
+    let key = std::fs::read_to_string(secrets().folder.join("demo.hash")).expect("readable");
+    let other = std::fs::read_to_string(secrets().folder.join("demo-eu.hash")).expect("readable");
+    let examples = examples();
+    assert!(examples.len() >= 3, "{examples:?}");
+    for example in examples {
+        let copy = crate::world::folder("example").join(example.file_name().expect("a name"));
+        let copied = Command::new("cp").arg("-r").arg(&example).arg(&copy).status().expect("cp runs");
+        assert!(copied.success());
+        std::os::unix::fs::symlink(&secrets().folder, copy.join("tls")).expect("linked");
+        std::os::unix::fs::symlink(root().join(".local/geoip"), copy.join("geoip")).expect("linked");
+        std::fs::create_dir(copy.join("keys")).expect("a folder");
+        std::fs::write(copy.join("keys/hospital.hash"), &key).expect("written");
+        std::fs::write(copy.join("keys/shop.hash"), &other).expect("written");
+        let mut check = Command::new(binary("isochrone"));
+        check.args(["check", "--config"]).arg(&copy).env("ISOCHRONE_KEY_ACME", key.trim());
+        let checked = check.output().expect("runs");
+        assert!(checked.status.success(), "{}: {}", example.display(), String::from_utf8_lossy(&checked.stdout));
+    }
+    // A secret that is not in the environment is told like any other problem.
+    let kubernetes = root().join("config/examples/kubernetes");
+    let checked = run("isochrone", &["check", "--config"], &kubernetes);
+    let said = String::from_utf8_lossy(&checked.stdout).into_owned();
+    assert!(said.contains("tenants.toml:3:") && said.contains("no text in a variable `ISOCHRONE_KEY_ACME`"), "{said}");
 }
 
 #[test]
