@@ -627,19 +627,23 @@ def check_ports(processes, patience=2):
         time.sleep(0.05)
 
 
-def spawn(process, again=False):
-    """Starts a process and writes its pid file. `again`: by hand, to live on by itself and to continue its log."""
+def spawn(process, again=False, take_over=False):
+    """Starts a process and writes its pid file. `again`: by hand, to live on by itself and to continue its log.
+    `take_over`: in the place of the one that runs, whose sockets it gets."""
     with locked(RUN / "spawn.lock"):
-        pid = running(process)
-        if pid:
-            raise Failure(f"{process.name} is already running (pid {pid})")
-        check_ports([process])
+        if not take_over:
+            pid = running(process)
+            if pid:
+                raise Failure(f"{process.name} is already running (pid {pid})")
+            check_ports([process])
         log = log_file(process)
         if not again and log.exists():
             log.replace(log.with_name(log.name + ".1"))
         try:
             with open(log, "ab") as file:
-                child = popen([BIN / process.exe, *process.args], not again, stdout=file, stderr=subprocess.STDOUT)
+                more = ["--take-over"] if take_over else []
+                command = [BIN / process.exe, *process.args, *more]
+                child = popen(command, not again, stdout=file, stderr=subprocess.STDOUT)
         except OSError as error:
             raise Failure(f"{process.name}: {shown(BIN / process.exe)} does not start: {error.strerror}")
         write(pid_file(process), f"{child.pid}\n")
@@ -683,6 +687,21 @@ def wait_ready(progress, children, seconds):
         if time.monotonic() > deadline:
             logs = ", ".join(shown(log_file(process)) for process in waiting)
             raise Failure(f"not ready after {seconds} s: {', '.join(p.name for p in waiting)}; see {logs}")
+        progress.tick()
+        time.sleep(0.05)
+
+
+def wait_gone(progress, process, successor, pid, seconds):
+    """Returns when a process has ended because its successor serves; fails if that ends first, or after `seconds`."""
+    deadline = time.monotonic() + seconds
+    progress.note = lambda: f", waiting for pid {pid} to end"
+    while not is_gone(pid):
+        if successor.poll() is not None:
+            write(pid_file(process), f"{pid}\n")  # it is still the one that serves
+            raise Failure(f"{process.name} (pid {successor.pid}) ended, {ending(successor.returncode)}; pid {pid} serves "
+                          f"on; the last lines of {shown(log_file(process))}:\n{last_lines(log_file(process))}")
+        if time.monotonic() > deadline:
+            raise Failure(f"{process.name} (pid {pid}) has not ended after {seconds} s")
         progress.tick()
         time.sleep(0.05)
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use crate::config::{self, Opened};
-use crate::kept;
+use crate::{kept, reload};
 
 /// What was done.
 #[derive(Debug)]
@@ -30,8 +30,12 @@ pub fn apply(new: &Path, directory: &Path) -> Result<Applied, Vec<String>> {
     let absolute = |path: &Path| std::path::absolute(path).map_err(|error| told(path, &error));
     let (new, directory) = (absolute(new)?, absolute(directory)?);
     let wanted = config::load(&new, &mut Opened::default()).map_err(lines)?;
-    if config::load(&directory, &mut Opened::default()).is_ok_and(|now| now.revision == wanted.revision) {
-        return Ok(Applied::Nothing);
+    if let Ok(now) = config::load(&directory, &mut Opened::default()) {
+        if now.revision == wanted.revision {
+            return Ok(Applied::Nothing);
+        }
+        // A gateway would refuse it, and serve on what is no longer there.
+        reload::small_enough(&now, &wanted, &new).map_err(lines)?;
     }
     if directory.is_symlink() {
         return Err(told(&directory, &"it is a link; check the new directory and point the link there"));

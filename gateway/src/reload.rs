@@ -79,7 +79,8 @@ pub(crate) async fn watch(
             Ok(read) => read,
             Err(error) => return error.to_string(),
         };
-        match result.and_then(|config| small_enough(&shared.snapshot.load().config, config, &directory)) {
+        let small = |config| small_enough(&shared.snapshot.load().config, &config, &directory).map(|()| config);
+        match result.and_then(small) {
             Ok(config) => {
                 if accept(&shared, config, begun) {
                     probes.follow();
@@ -149,7 +150,10 @@ fn accept(shared: &Shared, config: Config, begun: Instant) -> bool {
 }
 
 /// A directory that was emptied by mistake must not empty the fleet.
-fn small_enough(before: &Config, after: Config, directory: &Path) -> Result<Config, Rejected> {
+///
+/// # Errors
+/// More than half of the endpoints would be gone, and nobody has said that it is meant.
+pub(crate) fn small_enough(before: &Config, after: &Config, directory: &Path) -> Result<(), Rejected> {
     // By their addresses: one that is spoken to in another way is still there.
     let addresses = |config: &Config| -> BTreeSet<(Arc<str>, Vec<u8>)> {
         let endpoints = config.regions.iter().flat_map(|region| &region.endpoints);
@@ -159,10 +163,10 @@ fn small_enough(before: &Config, after: Config, directory: &Path) -> Result<Conf
         };
         endpoints.filter_map(target).collect()
     };
-    let (old, new) = (addresses(before), addresses(&after));
+    let (old, new) = (addresses(before), addresses(after));
     let gone = old.difference(&new).count();
     if gone * 2 <= old.len() || after.allow_large_change == after.revision {
-        return Ok(after);
+        return Ok(());
     }
     let message = format!(
         "this would remove {gone} of {} endpoints; if it is meant, write allow_large_change = \"{}\" below [reload]",
@@ -171,7 +175,7 @@ fn small_enough(before: &Config, after: Config, directory: &Path) -> Result<Conf
     );
     let file = directory.join("gateway.toml");
     let problem = config::Problem { file, line: 0, column: 0, message };
-    Err(Rejected { revision: after.revision, problems: vec![problem] })
+    Err(Rejected { revision: after.revision.clone(), problems: vec![problem] })
 }
 
 /// Keeps what is in force beside the directory.

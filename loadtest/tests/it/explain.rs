@@ -25,15 +25,24 @@ async fn json(world: &World, more: &[&str]) -> (i32, Value) {
     (code, serde_json::from_str(&out).unwrap_or_else(|_| panic!("no JSON: {out} {error}")))
 }
 
+/// In each state.
+const CLIENTS: usize = 1_000;
+
 #[tokio::test]
 async fn what_is_explained_is_what_then_happens_to_clients_all_over_the_world_in_every_state() {
     let mut world = World::start("explain", Plan::default()).await;
-    let mut compared = 0;
-    for state in ["well", "drained", "killed"] {
+    let (mut compared, mut unsettled) = (0, 0);
+    let mut rng = fastrand::Rng::with_seed(11);
+    for state in ["well", "drained", "by hand", "killed"] {
         match state {
             "drained" => world.write_region("us-east", true),
-            "killed" => {
+            "by hand" => {
                 world.write_region("us-east", false);
+                world.operate("POST", "/api/reload").await;
+                world.operate("PUT", "/api/drain/ap-northeast").await;
+            }
+            "killed" => {
+                world.operate("DELETE", "/api/drain/ap-northeast").await;
                 world.workers.get_mut("eu-west").expect("started").kill();
             }
             _ => {}
@@ -43,19 +52,35 @@ async fn what_is_explained_is_what_then_happens_to_clients_all_over_the_world_in
             .until("the state is in force", async |world| {
                 let answer = world.ask(Ask::from(GERMANY)).await;
                 let regions = world.regions().await?.to_string();
-                let drained = regions.contains("\"drain\":true") == (state == "drained");
+                let drained = regions.contains("\"drain\":true") == matches!(state, "drained" | "by hand");
                 let once = answer.header("isochrone-attempts") == "1";
                 let killed = state != "killed" || answer.header("isochrone-reason").contains("eu-west is down");
                 (drained && once && killed).then_some(())
             })
             .await;
-        for (at, client) in WORLD.iter().cycle().take(120).enumerate() {
-            // Neighbours of the university too, so that not every client is one of twenty.
-            let address = client.address.replace(".1.1", &format!(".{}.{}", 1 + at % 3, 1 + at));
+        let mut connection = world.connect().await;
+        for at in 0..CLIENTS {
+            // From anywhere: places that the database knows and places that it does not, of both kinds of addresses.
+            let address: std::net::IpAddr = match rng.u8(..4) {
+                0 => std::net::Ipv6Addr::from((rng.u128(..) >> 3) | (1 << 125)).into(),
+                1 => std::net::Ipv4Addr::from(rng.u32(..)).into(),
+                _ => {
+                    let known: std::net::Ipv4Addr = rng.choice(&WORLD).expect("some").address.parse().expect("one");
+                    std::net::Ipv4Addr::from(u32::from(known) & 0xffff_0000 | rng.u32(..1 << 16)).into()
+                }
+            };
+            let address = address.to_string();
             let tenant = if at % 3 == 0 { "demo-eu" } else { "demo" };
             let path = format!("/api/explain?ip={address}&tenant={tenant}&model=tiny");
             let explained = world.admin(&path).await.expect("an explanation");
-            let answer = world.ask(Ask { tenant, from: &address, ..Ask::default() }).await;
+            let ask = Ask { tenant, from: &address, ..Ask::default() };
+            let answer = connection.send(ask.request()).await.expect("an answer");
+            let again = world.admin(&path).await.expect("an explanation");
+            if again["pick"] != explained["pick"] {
+                // What is measured has changed just now, and the request may have been on either side of it.
+                unsettled += 1;
+                continue;
+            }
             let asked = format!("{state}: {address} of {tenant}: {explained} {answer:?}");
             match explained["pick"].as_str() {
                 Some(pick) if answer.status == StatusCode::OK => {
@@ -71,7 +96,8 @@ async fn what_is_explained_is_what_then_happens_to_clients_all_over_the_world_in
             compared += 1;
         }
     }
-    assert_eq!(compared, 360);
+    eprintln!("{compared} compared; of {unsettled} the pick has changed meanwhile");
+    assert!(compared >= 4 * CLIENTS * 99 / 100, "{compared} compared, {unsettled} not");
 }
 
 #[tokio::test]
