@@ -4,13 +4,12 @@ use std::path::PathBuf;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     link();
-    println!("cargo:rerun-if-changed=proto/inference.proto");
-    let described = protox::compile(["proto/inference.proto"], ["proto"])?;
-    let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
-    // For gRPC reflection.
-    std::fs::write(out.join("inference.bin"), prost::Message::encode_to_vec(&described))?;
-    // Tensors are kept as the part of the request that they came in, not copied.
-    tonic_prost_build::configure().build_client(false).bytes(".").compile_fds(described)?;
+    // The services alone: the messages are isochrone-tensor's.
+    const PROTOCOL: &str = "../gateway/tensor/proto";
+    println!("cargo:rerun-if-changed={PROTOCOL}");
+    let described = protox::compile(["inference.proto"], [PROTOCOL])?;
+    let services = tonic_prost_build::configure().build_client(false);
+    services.extern_path(".inference", "::isochrone_tensor::proto").compile_fds(described)?;
     Ok(())
 }
 

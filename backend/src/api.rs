@@ -2,8 +2,6 @@
 
 mod control;
 
-mod envelope;
-
 mod metrics;
 
 mod oip;

@@ -1,7 +1,7 @@
 //! The Open Inference Protocol v2 over gRPC
 //! (<https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_grpc.md>).
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -11,8 +11,20 @@ use axum::Router;
 use axum::extract::State as Shared;
 use axum::middleware::Next;
 use axum::response::Response as HttpResponse;
-use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
+use isochrone_tensor::proto::infer_parameter::ParameterChoice;
+use isochrone_tensor::proto::model_instance_group::Kind;
+use isochrone_tensor::proto::model_metadata_response::TensorMetadata;
+use isochrone_tensor::proto::repository_index_response::ModelIndex;
+use isochrone_tensor::proto::{
+    DataType, InferBatchStatistics, InferParameter, InferStatistics, ModelConfig, ModelConfigRequest,
+    ModelConfigResponse, ModelDynamicBatching, ModelInferRequest, ModelInferResponse, ModelInput, ModelInstanceGroup,
+    ModelMetadataRequest, ModelMetadataResponse, ModelOutput, ModelParameter, ModelReadyRequest, ModelReadyResponse,
+    ModelStatistics, ModelStatisticsRequest, ModelStatisticsResponse, ModelStreamInferResponse, RepositoryIndexRequest,
+    RepositoryIndexResponse, RepositoryModelLoadRequest, RepositoryModelLoadResponse, RepositoryModelUnloadRequest,
+    RepositoryModelUnloadResponse, ServerLiveRequest, ServerLiveResponse, ServerMetadataRequest,
+    ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse, StatisticDuration,
+};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::codec::CompressionEncoding;
 use tonic::metadata::MetadataMap;
@@ -20,20 +32,6 @@ use tonic::service::Routes;
 use tonic::{Code, Request, Response, Status, Streaming};
 use tracing::Span;
 
-use self::proto::infer_parameter::ParameterChoice;
-use self::proto::model_infer_request::InferInputTensor;
-use self::proto::model_infer_response::InferOutputTensor;
-use self::proto::model_metadata_response::TensorMetadata;
-use self::proto::repository_index_response::ModelIndex;
-use self::proto::{
-    DataType, InferBatchStatistics, InferParameter, InferStatistics, InferTensorContents, ModelConfig,
-    ModelConfigRequest, ModelConfigResponse, ModelDynamicBatching, ModelInferRequest, ModelInferResponse, ModelInput,
-    ModelInstanceGroup, ModelMetadataRequest, ModelMetadataResponse, ModelOutput, ModelParameter, ModelReadyRequest,
-    ModelReadyResponse, ModelStatistics, ModelStatisticsRequest, ModelStatisticsResponse, ModelStreamInferResponse,
-    RepositoryIndexRequest, RepositoryIndexResponse, RepositoryModelLoadRequest, RepositoryModelLoadResponse,
-    RepositoryModelUnloadRequest, RepositoryModelUnloadResponse, ServerLiveRequest, ServerLiveResponse,
-    ServerMetadataRequest, ServerMetadataResponse, ServerReadyRequest, ServerReadyResponse, StatisticDuration,
-};
 use crate::api::{self, MODEL_DIGEST, MODEL_VERSION, RequestSpan, X_REQUEST_TIMEOUT};
 use crate::app::State;
 use crate::control::{Change, change, entries};
@@ -42,22 +40,14 @@ use crate::error::{Dialect, Error};
 use crate::infer::{self, Given, since_epoch};
 use crate::repository::Loaded;
 use crate::statistics::Sum;
-use crate::tensor::{self, Datatype, push_text};
+use crate::tensor;
 
-#[allow(
-    missing_docs,
-    unreachable_pub,
-    unused_qualifications,
-    clippy::all,
-    reason = "generated from proto/inference.proto"
-)]
-mod proto {
+#[allow(missing_docs, unreachable_pub, unused_qualifications, clippy::all, reason = "generated from the protocol")]
+mod service {
     tonic::include_proto!("inference");
 }
 
-use proto::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
-
-const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/inference.bin"));
+use service::grpc_inference_service_server::{GrpcInferenceService, GrpcInferenceServiceServer};
 
 /// Answers of one stream that may be computed at once. They are sent in the order of their requests all the same.
 const STREAM_AHEAD: usize = 16;
@@ -75,7 +65,7 @@ pub(crate) async fn router(state: Arc<State>) -> Result<(Router, Health), String
         .accept_compressed(CompressionEncoding::Deflate);
     let described = || {
         tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tensor::DESCRIPTION)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     // The older version too: it is the only one that some clients ask for.
@@ -372,76 +362,14 @@ async fn infer(
         .map(|input| Given { name: &input.name, datatype: &input.datatype, shape: &input.shape })
         .collect();
     let tensors = infer::matched(&loaded, &given, |at, datatype, count| {
-        elements(&request.inputs[at], raw.get(at), datatype, count)
+        tensor::request::elements(&request.inputs[at], raw.get(at), datatype, count)
     });
     let input = infer::input(&loaded, tensors.map_err(wrong)?).await.map_err(wrong)?;
     let done = infer::run(&loaded, input, deadline, span).await?;
-    let mut answer = ModelInferResponse {
-        model_name: loaded.found.name.clone(),
-        model_version: loaded.found.version.clone(),
-        id: request.id,
-        parameters: HashMap::from([(
-            "digest".to_owned(),
-            InferParameter { parameter_choice: Some(ParameterChoice::StringParam(loaded.found.digest.clone())) },
-        )]),
-        outputs: Vec::new(),
-        raw_output_contents: Vec::new(),
-    };
-    for spec in outputs {
-        let tensor = infer::output(&done, &spec.name)?;
-        answer.outputs.push(InferOutputTensor {
-            name: tensor.name.clone(),
-            datatype: tensor.datatype.to_string(),
-            shape: tensor.shape.clone(),
-            ..InferOutputTensor::default()
-        });
-        answer.raw_output_contents.push(tensor.data.clone());
-    }
-    Ok((answer, loaded))
-}
-
-/// An input's elements, raw or from the field that fits their datatype.
-fn elements(input: &InferInputTensor, raw: Option<&Bytes>, datatype: Datatype, count: usize) -> Result<Bytes, String> {
-    let data = match (raw, &input.contents) {
-        (Some(_), Some(_)) => return Err("it has both contents and raw_input_contents".into()),
-        (Some(raw), None) => raw.clone(),
-        (None, Some(contents)) => from_contents(datatype, contents)?,
-        (None, None) if count == 0 => Bytes::new(),
-        (None, None) => return Err("it has neither contents nor raw_input_contents".into()),
-    };
-    tensor::checked(datatype, count, &data)?;
-    Ok(data)
-}
-
-fn from_contents(datatype: Datatype, contents: &InferTensorContents) -> Result<Bytes, String> {
-    fn narrow<const N: usize, T: Copy, U: TryFrom<T>>(from: &[T], bytes: fn(U) -> [u8; N]) -> Result<Vec<u8>, String> {
-        let mut data = Vec::with_capacity(from.len() * N);
-        for (at, &number) in from.iter().enumerate() {
-            let number = U::try_from(number).map_err(|_| format!("element {at} does not fit"))?;
-            data.extend_from_slice(&bytes(number));
-        }
-        Ok(data)
-    }
-    let data = match datatype {
-        Datatype::Bool => contents.bool_contents.iter().map(|&value| u8::from(value)).collect(),
-        Datatype::Int8 => narrow(&contents.int_contents, i8::to_le_bytes)?,
-        Datatype::Int16 => narrow(&contents.int_contents, i16::to_le_bytes)?,
-        Datatype::Int32 => narrow(&contents.int_contents, i32::to_le_bytes)?,
-        Datatype::Int64 => narrow(&contents.int64_contents, i64::to_le_bytes)?,
-        Datatype::Uint8 => narrow(&contents.uint_contents, u8::to_le_bytes)?,
-        Datatype::Uint16 => narrow(&contents.uint_contents, u16::to_le_bytes)?,
-        Datatype::Uint32 => narrow(&contents.uint_contents, u32::to_le_bytes)?,
-        Datatype::Uint64 => narrow(&contents.uint64_contents, u64::to_le_bytes)?,
-        Datatype::Fp32 => narrow(&contents.fp32_contents, f32::to_le_bytes)?,
-        Datatype::Fp64 => narrow(&contents.fp64_contents, f64::to_le_bytes)?,
-        Datatype::Fp16 | Datatype::Bf16 => return Err(format!("{datatype} is given as raw_input_contents")),
-        Datatype::Bytes => {
-            let mut data = Vec::new();
-            contents.bytes_contents.iter().try_for_each(|element| push_text(&mut data, element))?;
-            data
-        }
-    };
-    Ok(data.into())
+    let outputs = outputs.into_iter().map(|spec| infer::output(&done, &spec.name).cloned());
+    let answer = infer::answer(&loaded, outputs.collect::<Result<_, _>>()?);
+    let id = some(&request.id);
+    Ok((answer.to_grpc(id), loaded))
 }
 
 fn config(loaded: &Loaded, gpu: bool) -> ModelConfig {
@@ -475,15 +403,14 @@ fn config(loaded: &Loaded, gpu: bool) -> ModelConfig {
         instance_group: vec![ModelInstanceGroup {
             name: loaded.found.name.clone(),
             count: count(spec.instances),
-            kind: if gpu { proto::model_instance_group::Kind::Gpu } else { proto::model_instance_group::Kind::Cpu }
-                .into(),
+            kind: if gpu { Kind::Gpu } else { Kind::Cpu }.into(),
         }],
         default_model_filename: String::new(),
         dynamic_batching: (describe::max_batch_size(spec) > 0).then(|| ModelDynamicBatching {
             preferred_batch_size: vec![count(batching.max_batch_size)],
             max_queue_delay_microseconds: u64::try_from(batching.max_queue_delay.as_micros()).unwrap_or(u64::MAX),
         }),
-        parameters: HashMap::from([
+        parameters: BTreeMap::from([
             ("precision".to_owned(), text(spec.precision.name().to_owned())),
             ("deterministic".to_owned(), text(spec.deterministic.to_string())),
             ("rows_together".to_owned(), text(batching.max_batch_size.to_string())),

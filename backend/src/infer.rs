@@ -1,10 +1,12 @@
 //! What an inference is, whatever protocol asks for it: inputs held to the model, texts to token ids, the run.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use isochrone_telemetry::trace;
+use isochrone_tensor::answer::Answer;
 use opentelemetry::KeyValue;
 use tokio::sync::Semaphore;
 use tracing::Span;
@@ -210,6 +212,12 @@ pub(crate) fn output<'a>(done: &'a Done, name: &str) -> Result<&'a Tensor, Error
         tracing::error!(output = name, "the runtime gave no such output");
         Error::internal("an output is missing")
     })
+}
+
+/// The answer of a model.
+pub(crate) fn answer(loaded: &Loaded, outputs: Vec<Tensor>) -> Answer {
+    let parameters = BTreeMap::from([("digest".to_owned(), loaded.found.digest.clone())]);
+    Answer { model: loaded.found.name.clone(), version: loaded.found.version.clone(), parameters, outputs }
 }
 
 /// What the instants of a request's steps are to a statistic.

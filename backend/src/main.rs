@@ -28,9 +28,9 @@ mod runtime;
 
 mod statistics;
 
-mod tensor;
-
 mod text;
+
+use isochrone_tensor as tensor;
 
 use std::io::Write;
 use std::net::SocketAddr;

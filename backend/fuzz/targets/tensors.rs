@@ -2,16 +2,11 @@
 //! written as JSON again. What was read has as many elements as its shape means, and is read back as it was.
 #![no_main]
 
-#[path = "../../src/api/envelope.rs"]
-#[allow(dead_code, reason = "the file is taken as it is; not all of it is read here")]
-mod envelope;
-#[path = "../../src/tensor.rs"]
-#[allow(dead_code, reason = "the file is taken as it is; not all of it is read here")]
-mod tensor;
-
 use bytes::Bytes;
+use isochrone_tensor::answer::Answer;
+use isochrone_tensor::request::Request;
+use isochrone_tensor::{Datatype, Json, Tensor, checked, element_count, envelope, from_json, texts};
 use libfuzzer_sys::fuzz_target;
-use tensor::{Datatype, Json, Tensor, checked, element_count, from_json, texts};
 
 const DATATYPES: [Datatype; 14] = [
     Datatype::Bool,
@@ -47,6 +42,9 @@ fuzz_target!(|data: &[u8]| {
             read(datatype, from_json(datatype, usize::from(count), text).ok(), usize::from(count));
         }
     }
+    // Whole requests and answers, in each encoding.
+    let _ = (Request::from_http(&body, Some(header)), Request::from_http(&body, None), Request::from_grpc(body.clone()));
+    let _ = (Answer::from_http(&body, Some(header)), Answer::from_http(&body, None), Answer::from_grpc(body.clone()));
     let shape = [i64::from(count), i64::from(size.cast_signed())];
     if let Some(count) = element_count(&shape) {
         read(datatype, checked(datatype, count, &body).ok().map(|()| body), count);

@@ -2,7 +2,6 @@
 //! (<https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md>).
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,19 +11,21 @@ use axum::extract::rejection::BytesRejection;
 use axum::extract::{Extension, Path, State as Shared};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header::CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
 use serde::de::IgnoredAny;
-use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use super::{RequestSpan, deadline, envelope, identify, is_ready};
+use super::{RequestSpan, deadline, identify, is_ready};
 use crate::app::State;
 use crate::describe;
 use crate::error::{Dialect, Error};
 use crate::infer::{self, Given};
 use crate::model::TensorSpec;
 use crate::repository::Loaded;
-use crate::tensor::{self, Tensor};
+use crate::tensor::answer::Http;
+use crate::tensor::request::Wanted;
+use crate::tensor::{self, Tensor, envelope};
 
 const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
 
@@ -184,27 +185,6 @@ struct OutputParameters {
     shared_memory_region: Option<IgnoredAny>,
 }
 
-#[derive(Serialize)]
-struct InferResponse<'a> {
-    model_name: &'a str,
-    model_version: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    id: Option<&'a str>,
-    parameters: BTreeMap<&'static str, &'a str>,
-    outputs: Vec<InferResult<'a>>,
-}
-
-#[derive(Serialize)]
-struct InferResult<'a> {
-    name: &'a str,
-    datatype: tensor::Datatype,
-    shape: &'a [i64],
-    #[serde(skip_serializing_if = "Option::is_none")]
-    parameters: Option<Value>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    data: Option<tensor::Json<'a>>,
-}
-
 type Body = Result<Bytes, BytesRejection>;
 
 pub(crate) async fn infer(
@@ -248,11 +228,6 @@ async fn compute(
     }
     let asked = request.outputs.unwrap_or_default();
     let outputs = infer::requested(&loaded, asked.iter().map(|output| &*output.name)).map_err(wrong)?;
-    // `requested` keeps their order, and gives all where none is named.
-    let is_binary = |at: usize| {
-        let said = asked.get(at).and_then(|output| output.parameters.as_ref()?.binary_data);
-        said.unwrap_or(parameters.binary_data_output)
-    };
     for output in &asked {
         if output.parameters.as_ref().is_some_and(|p| p.classification.is_some() || p.shared_memory_region.is_some()) {
             return Err(wrong(format!(
@@ -268,34 +243,24 @@ async fn compute(
     let deadline = [asked_by, own.and_then(|own| began.checked_add(own))].into_iter().flatten().min();
     let done = infer::run(&loaded, input, deadline, &span.0).await?;
 
-    let (mut results, mut attached) = (Vec::new(), Vec::new());
-    for (at, spec) in outputs.iter().enumerate() {
-        let tensor = infer::output(&done, &spec.name)?;
-        let Tensor { name, datatype, shape, data } = tensor;
-        let binary = is_binary(at);
-        let parameters = binary.then(|| json!({ "binary_data_size": data.len() }));
-        if binary {
-            attached.push(data);
+    let outputs = outputs.iter().map(|spec| infer::output(&done, &spec.name).cloned());
+    let answer = infer::answer(&loaded, outputs.collect::<Result<_, _>>()?);
+    let wanted: Vec<Wanted> = asked
+        .iter()
+        .map(|output| Wanted {
+            name: output.name.clone().into_owned(),
+            binary: output.parameters.as_ref().and_then(|parameters| parameters.binary_data),
+        })
+        .collect();
+    let written = answer.to_http(request.id.as_deref(), &wanted, parameters.binary_data_output);
+    let Http { body, header } = written.map_err(|error| Error::internal(format!("an output: {error}")))?;
+    let mut response = match header {
+        None => ([(CONTENT_TYPE, "application/json")], body).into_response(),
+        Some(header) => {
+            let mut response = ([(CONTENT_TYPE, "application/octet-stream")], body).into_response();
+            response.headers_mut().insert(HEADER_LENGTH, HeaderValue::from(header));
+            response
         }
-        let data = (!binary).then_some(tensor::Json(tensor));
-        results.push(InferResult { name, datatype: *datatype, shape, parameters, data });
-    }
-    let answer = InferResponse {
-        model_name: &loaded.found.name,
-        model_version: &loaded.found.version,
-        id: request.id.as_deref(),
-        parameters: BTreeMap::from([("digest", &*loaded.found.digest)]),
-        outputs: results,
-    };
-    let mut answer = serde_json::to_vec(&answer).map_err(|error| Error::internal(format!("an output: {error}")))?;
-    let header = answer.len();
-    let mut response = if attached.is_empty() {
-        ([(CONTENT_TYPE, "application/json")], answer).into_response()
-    } else {
-        attached.iter().for_each(|data| answer.extend_from_slice(data));
-        let mut response = ([(CONTENT_TYPE, "application/octet-stream")], answer).into_response();
-        response.headers_mut().insert(HEADER_LENGTH, HeaderValue::from(header));
-        response
     };
     identify(&mut response, &loaded);
     Ok(response)

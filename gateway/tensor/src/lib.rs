@@ -4,6 +4,23 @@
 //! and for BYTES each element behind its length (4 bytes). So the binary encodings are passed on as they are, and equal
 //! tensors have equal bytes.
 
+#![forbid(unsafe_code)]
+
+pub mod answer;
+
+pub mod envelope;
+
+pub mod request;
+
+/// The protocol's messages (`proto/inference.proto`).
+#[allow(missing_docs, unused_qualifications, clippy::all, reason = "generated")]
+pub mod proto {
+    include!(concat!(env!("OUT_DIR"), "/inference.rs"));
+}
+
+/// Their description, for gRPC reflection: a `FileDescriptorSet`.
+pub const DESCRIPTION: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/description.bin"));
+
 use std::fmt;
 
 use bytes::Bytes;
@@ -15,7 +32,8 @@ use serde::{Deserialize, Serialize, Serializer};
 /// The datatypes of the Open Inference Protocol v2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
-pub(crate) enum Datatype {
+#[allow(missing_docs, reason = "the protocol's words")]
+pub enum Datatype {
     Bool,
     Uint8,
     Uint16,
@@ -34,12 +52,12 @@ pub(crate) enum Datatype {
 
 impl Datatype {
     /// Reads the protocol's word for one.
-    pub(crate) fn named(name: &str) -> Option<Datatype> {
+    pub fn named(name: &str) -> Option<Datatype> {
         Datatype::deserialize(serde::de::value::StrDeserializer::<serde::de::value::Error>::new(name)).ok()
     }
 
     /// Bytes of an element; `None` where that differs from element to element.
-    pub(crate) fn size(self) -> Option<usize> {
+    pub fn size(self) -> Option<usize> {
         match self {
             Datatype::Bool | Datatype::Uint8 | Datatype::Int8 => Some(1),
             Datatype::Uint16 | Datatype::Int16 | Datatype::Fp16 | Datatype::Bf16 => Some(2),
@@ -58,19 +76,19 @@ impl fmt::Display for Datatype {
 
 /// A named tensor.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Tensor {
+pub struct Tensor {
     /// Its name in the model's signature.
-    pub(crate) name: String,
+    pub name: String,
     /// What its elements are.
-    pub(crate) datatype: Datatype,
+    pub datatype: Datatype,
     /// Sizes, outermost first. Their product is the number of elements.
-    pub(crate) shape: Vec<i64>,
+    pub shape: Vec<i64>,
     /// The elements in the protocol's binary form.
-    pub(crate) data: Bytes,
+    pub data: Bytes,
 }
 
 /// The number of elements of a shape; `None` for a negative size or a product that does not fit.
-pub(crate) fn element_count(shape: &[i64]) -> Option<usize> {
+pub fn element_count(shape: &[i64]) -> Option<usize> {
     shape.iter().try_fold(1_usize, |product, &size| product.checked_mul(usize::try_from(size).ok()?))
 }
 
@@ -78,7 +96,7 @@ pub(crate) fn element_count(shape: &[i64]) -> Option<usize> {
 ///
 /// # Errors
 /// What does not fit, in words for the client.
-pub(crate) fn checked(datatype: Datatype, count: usize, data: &[u8]) -> Result<(), String> {
+pub fn checked(datatype: Datatype, count: usize, data: &[u8]) -> Result<(), String> {
     let Some(size) = datatype.size() else {
         let mut elements = 0;
         for element in texts(data) {
@@ -106,7 +124,7 @@ fn mismatch(elements: usize, count: usize) -> String {
 }
 
 /// The elements of BYTES data, each as it is. After an error there is no further element.
-pub(crate) fn texts(data: &[u8]) -> impl Iterator<Item = Result<&[u8], String>> {
+pub fn texts(data: &[u8]) -> impl Iterator<Item = Result<&[u8], String>> {
     let mut rest = data;
     std::iter::from_fn(move || {
         if rest.is_empty() {
@@ -129,7 +147,7 @@ pub(crate) fn texts(data: &[u8]) -> impl Iterator<Item = Result<&[u8], String>> 
 ///
 /// # Errors
 /// It has 4 GiB or more.
-pub(crate) fn push_text(data: &mut Vec<u8>, element: &[u8]) -> Result<(), String> {
+pub fn push_text(data: &mut Vec<u8>, element: &[u8]) -> Result<(), String> {
     let length = u32::try_from(element.len()).map_err(|_| "an element is too long for BYTES".to_owned())?;
     data.extend_from_slice(&length.to_le_bytes());
     data.extend_from_slice(element);
@@ -204,7 +222,7 @@ impl Element for String {
 ///
 /// # Errors
 /// What does not fit, in words for the client.
-pub(crate) fn from_json(datatype: Datatype, count: usize, json: &str) -> Result<Bytes, String> {
+pub fn from_json(datatype: Datatype, count: usize, json: &str) -> Result<Bytes, String> {
     fn read<T: Element>(count: usize, json: &str) -> Result<Bytes, String> {
         let mut elements = Elements { data: Vec::new(), count: 0, of: std::marker::PhantomData::<T> };
         let mut deserializer = serde_json::Deserializer::from_str(json);
@@ -296,7 +314,8 @@ impl<T: Element> Nested<'_, T> {
 ///
 /// # Errors
 /// It has what JSON cannot say: NaN, infinity, or BYTES that are not UTF-8.
-pub(crate) struct Json<'a>(pub(crate) &'a Tensor);
+#[derive(Debug)]
+pub struct Json<'a>(pub &'a Tensor);
 
 impl Serialize for Json<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

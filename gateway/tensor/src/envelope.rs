@@ -7,7 +7,7 @@ use bytes::Bytes;
 ///
 /// # Errors
 /// The header is no number, or more than there is, in words for the client.
-pub(crate) fn part(body: &Bytes, header: Option<&[u8]>) -> Result<(Bytes, Bytes), String> {
+pub fn part(body: &Bytes, header: Option<&[u8]>) -> Result<(Bytes, Bytes), String> {
     let Some(header) = header else { return Ok((body.clone(), Bytes::new())) };
     let length = std::str::from_utf8(header).ok().and_then(|text| text.trim().parse::<usize>().ok());
     let length = length.ok_or("Inference-Header-Content-Length is no number")?;
@@ -22,7 +22,7 @@ pub(crate) fn part(body: &Bytes, header: Option<&[u8]>) -> Result<(Bytes, Bytes)
 ///
 /// # Errors
 /// The sizes and the bytes do not agree, in words for the client, with the index of the input where there is one.
-pub(crate) fn distribute(
+pub fn distribute(
     binary: &Bytes,
     sizes: impl Iterator<Item = Option<u64>>,
 ) -> Result<Vec<Option<Bytes>>, (Option<usize>, String)> {
