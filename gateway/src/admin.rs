@@ -1,11 +1,11 @@
 //! The operator's listener: health, metrics, and which configuration is in force. Never on a data port.
 
 use std::future::Future;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use axum::extract::{Path, RawQuery, Request, State};
+use axum::extract::{ConnectInfo, Path, RawQuery, Request, State};
 use axum::http::{HeaderMap, HeaderName, Method, StatusCode, Uri, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
@@ -45,11 +45,12 @@ pub(crate) fn serve(
         .route("/api/drain", get(drains))
         .route("/api/drain/{region}", put(drain_region).delete(undrain_region))
         .route("/api/drain/{region}/{endpoint}", put(drain_endpoint).delete(undrain_endpoint))
-        .layer(from_fn(same_origin))
+        .layer(from_fn(operator))
         // A scraper gone wild costs the data path nothing.
         .layer(tower::limit::ConcurrencyLimitLayer::new(REQUESTS_MAX))
         .with_state(shared);
     Ok(async move {
+        let router = router.into_make_service_with_connect_info::<SocketAddr>();
         let served = axum::serve(listener, router).with_graceful_shutdown(succeeded.cancelled_owned()).await;
         served.map_or_else(|error| error.to_string(), |()| "it stopped".into())
     })
@@ -110,16 +111,19 @@ async fn config(State(shared): State<Arc<Shared>>) -> Json<Value> {
     }))
 }
 
-/// Refuses what a page of another site makes an operator's browser do. Programs send no `Origin`; a browser always does with
-/// such methods. A name, other than that of this machine, may be one that an attacker has made to lead here.
-async fn same_origin(request: Request, next: Next) -> Response {
-    let safe = matches!(*request.method(), Method::GET | Method::HEAD);
-    if safe || is_own(request.headers()) {
-        return next.run(request).await;
-    }
-    (StatusCode::FORBIDDEN, Json(json!({ "error": "a page of another site cannot ask for this" }))).into_response()
+/// Lets only this machine change anything: whoever may read metrics need not be allowed to drain a region. And refuses what a
+/// page of another site makes an operator's browser do: programs send no `Origin`, a browser always does with such methods.
+async fn operator(ConnectInfo(from): ConnectInfo<SocketAddr>, request: Request, next: Next) -> Response {
+    let error = match *request.method() {
+        Method::GET | Method::HEAD => return next.run(request).await,
+        _ if !from.ip().to_canonical().is_loopback() => "changes are made from this machine only",
+        _ if !is_own(request.headers()) => "a page of another site cannot ask for this",
+        _ => return next.run(request).await,
+    };
+    (StatusCode::FORBIDDEN, Json(json!({ "error": error }))).into_response()
 }
 
+/// A name, other than that of this machine, may be one that an attacker has made to lead here.
 fn is_own(headers: &HeaderMap) -> bool {
     let Some(origin) = headers.get(header::ORIGIN) else { return true };
     let origin = origin.to_str().ok().and_then(|origin| origin.parse::<Uri>().ok());

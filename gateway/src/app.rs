@@ -2,7 +2,7 @@
 
 use std::hash::RandomState;
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime};
@@ -16,10 +16,11 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, Opened, Rejected};
+use crate::endpoint::Endpoint;
 use crate::handover::{self, Predecessor};
 use crate::metrics::Counts;
 use crate::snapshot::{Drains, Snapshot};
-use crate::{admin, kept, listener, probe, reload};
+use crate::{admin, kept, listener, probe, reload, tls};
 
 /// What all cores share.
 #[derive(Debug)]
@@ -114,7 +115,12 @@ pub fn serve(how: &Serve) -> Result<(), Vec<String>> {
     let place = kept::Place::of(&directory, how.state.as_deref());
     let (config, rejected) = kept::start(&directory, &place, &mut opened)
         .map_err(|rejected| rejected.problems.iter().map(ToString::to_string).collect::<Vec<_>>())?;
-    let sockets = Sockets::open(&config, how.take_over)?;
+    if let Some(rejected) = rejected.as_ref().filter(|_| how.take_over) {
+        // Whoever brings a successor means what is in the directory, and the predecessor serves what was accepted.
+        return Err(rejected.problems.iter().map(ToString::to_string).collect());
+    }
+    let predecessor = how.take_over.then(|| place.socket());
+    let sockets = Sockets::open(&config, predecessor.as_deref())?;
     let log = Log::start(config.cores);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -134,7 +140,8 @@ async fn control(
     sockets: Sockets,
     log: Log,
 ) -> Result<(), String> {
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    let told = |kind| signal(kind).map_err(|error| format!("no handler for signals: {error}"));
+    let (mut terminate, mut interrupt) = (told(SignalKind::terminate())?, told(SignalKind::interrupt())?);
     let settings = isochrone_telemetry::Settings {
         service: "isochrone-gateway",
         instance: &config.instance,
@@ -146,6 +153,11 @@ async fn control(
     let snapshot = Snapshot::compile(Arc::new(config), Drains::default(), None, Time::default());
     tracing::info!(revision = %snapshot.config.revision, regions = snapshot.regions.len(),
         endpoints = snapshot.endpoints.len(), cores = snapshot.config.cores, "configuration accepted");
+    for listener in &snapshot.config.listeners {
+        if let Some(expires) = listener.expires.filter(|expires| *expires <= tls::now()) {
+            tracing::error!(listener = %listener.address, expires, "the certificate has expired; clients will refuse it");
+        }
+    }
     if let Some(rejected) = &rejected {
         reload::tell(rejected);
         tracing::error!(revision = %snapshot.config.revision,
@@ -171,46 +183,46 @@ async fn control(
     let (ended, mut endings) = mpsc::channel::<String>(16);
     let probes = probe::Probes::start(Arc::clone(&shared), ended.clone());
     watched("the digest of what is measured", &ended, refresh(Arc::clone(&shared)));
+    let socket = source.place.socket();
     watched("the watch on the configuration", &ended, reload::watch(source, Arc::clone(&shared), probes, asks));
-    if predecessor.is_some() {
-        known(&shared).await;
-    }
     let succeeded = CancellationToken::new();
-    watched("the admin listener", &ended, admin::serve(admin, Arc::clone(&shared), succeeded.clone())?);
     let mut threads = Vec::new();
-    for (index, listeners) in cores.into_iter().enumerate() {
-        let core = Arc::new(Core::new(Arc::clone(&shared), index));
-        let (stop, ended) = (stop.clone(), ended.clone());
-        let run = move || {
-            let run = std::panic::AssertUnwindSafe(|| listener::run(core, listeners, stop));
-            let why = std::panic::catch_unwind(run).unwrap_or_else(|_| "it panicked".into());
-            // A full channel means that somebody else's end is already being told.
-            let _ = ended.try_send(format!("a serving thread ended: {why}"));
-        };
-        let thread = std::thread::Builder::new().name(format!("core-{index}")).spawn(run);
-        threads.push(thread.map_err(|error| format!("no thread: {error}"))?);
-    }
-    if let Some(predecessor) = predecessor {
-        match tokio::task::spawn_blocking(|| predecessor.release()).await.unwrap_or_else(|error| Err(error.into())) {
-            Ok(()) => tracing::info!("this process serves in the place of its predecessor"),
-            Err(error) => tracing::warn!(%error, "the predecessor has not made room"),
+    let serving = async {
+        if predecessor.is_some() {
+            known(&shared).await?;
         }
-    }
-    let successor = handover::succeeded(shared.snapshot.load().config.admin, offered);
-
-    let interrupted = async {
-        let first = async { Some(interrupt.as_mut().ok()?.recv().await) };
-        first.await
+        watched("the admin listener", &ended, admin::serve(admin, Arc::clone(&shared), succeeded.clone())?);
+        let (begun, mut beginnings) = mpsc::channel(cores.len());
+        for (index, listeners) in cores.into_iter().enumerate() {
+            let core = Arc::new(Core::new(Arc::clone(&shared), index));
+            let (stop, ended, begun) = (stop.clone(), ended.clone(), begun.clone());
+            let run = move || {
+                let run = std::panic::AssertUnwindSafe(|| listener::run(core, listeners, stop, &begun));
+                let why = std::panic::catch_unwind(run).unwrap_or_else(|_| "it panicked".into());
+                // A full channel means that somebody else's end is already being told.
+                let _ = ended.try_send(format!("a serving thread ended: {why}"));
+            };
+            let thread = std::thread::Builder::new().name(format!("core-{index}")).spawn(run);
+            threads.push(thread.map_err(|error| format!("no thread: {error}"))?);
+        }
+        for _ in 0..threads.len() {
+            beginnings.recv().await;
+        }
+        if let Some(predecessor) = predecessor {
+            tokio::task::spawn_blocking(|| predecessor.release()).await.map_err(|error| error.to_string())??;
+            tracing::info!("this process serves in the place of its predecessor");
+        }
+        handover::succeeded(socket, offered).await;
+        succeeded.cancel();
+        Ok(())
     };
-    let terminated = async { Some(terminate.as_mut().ok()?.recv().await) };
+    // The predecessor is not told to go by a process that is told to, or that has lost a part of itself.
     let outcome = tokio::select! {
-        _ = terminated => Ok(()),
-        _ = interrupted => Ok(()),
-        () = successor => {
-            succeeded.cancel();
-            Ok(())
-        }
+        biased;
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
         Some(why) = endings.recv() => Err(why),
+        ended = serving => ended,
     };
     let shutdown = shared.snapshot.load().config.shutdown;
     tracing::info!(
@@ -237,7 +249,10 @@ async fn control(
 const WARM_UP: Duration = Duration::from_secs(10);
 
 /// Waits until every endpoint has been probed: before that a pick would be a guess, while the predecessor's is none.
-async fn known(shared: &Shared) {
+///
+/// # Errors
+/// None of them can take a request: the predecessor may know better.
+async fn known(shared: &Shared) -> Result<(), String> {
     let probed = async {
         while !shared.snapshot.load().endpoints.iter().all(|endpoint| endpoint.live.is_probed()) {
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -246,6 +261,16 @@ async fn known(shared: &Shared) {
     if tokio::time::timeout(WARM_UP, probed).await.is_err() {
         tracing::warn!("not every endpoint has been probed yet; serving all the same");
     }
+    let able = |endpoint: &Arc<Endpoint>| endpoint.live.is_healthy() && endpoint.live.is_asserted();
+    // One success does not make an endpoint healthy.
+    let some = async {
+        while !shared.snapshot.load().endpoints.iter().any(able) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(WARM_UP, some).await.map_err(|_| {
+        "from here no endpoint is healthy, so the predecessor serves on; to start all the same, end it first".to_owned()
+    })
 }
 
 /// Between two digests of what is measured.
@@ -285,12 +310,14 @@ struct Sockets {
 
 impl Sockets {
     /// Those that were passed to this process or that it takes over, and new ones for the rest.
-    fn open(config: &Config, take_over: bool) -> Result<Sockets, Vec<String>> {
+    fn open(config: &Config, from: Option<&Path>) -> Result<Sockets, Vec<String>> {
         let one = |error: String| vec![error];
         let mut inherited = handover::passed().map_err(one)?;
         let mut predecessor = None;
-        if take_over && let Some((sockets, serves)) = handover::take_over(config.admin).map_err(one)? {
-            (inherited, predecessor) = (sockets, Some(serves));
+        if let Some(from) = from
+            && let Some((sockets, serves)) = handover::take_over(from).map_err(one)?
+        {
+            (inherited, predecessor) = (sockets.or(inherited), Some(serves));
         }
         let mut problems = Vec::new();
         let mut told = |bound: Result<TcpListener, String>| bound.map_err(|error| problems.push(error)).ok();

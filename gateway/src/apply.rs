@@ -29,8 +29,11 @@ pub fn apply(new: &Path, directory: &Path) -> Result<Applied, Vec<String>> {
     let told = |place: &Path, error: &dyn std::fmt::Display| vec![format!("{}: {error}", place.display())];
     let absolute = |path: &Path| std::path::absolute(path).map_err(|error| told(path, &error));
     let (new, directory) = (absolute(new)?, absolute(directory)?);
-    let wanted = config::load(&new, &mut Opened::default()).map_err(lines)?;
-    if let Ok(now) = config::load(&directory, &mut Opened::default()) {
+    // What stands first: a certificate that has expired there may stay.
+    let opened = &mut Opened::default();
+    let now = config::load_expired(&directory, opened);
+    let wanted = config::load(&new, opened).map_err(lines)?;
+    if let Ok(now) = now {
         if now.revision == wanted.revision {
             return Ok(Applied::Nothing);
         }
@@ -50,7 +53,7 @@ pub fn apply(new: &Path, directory: &Path) -> Result<Applied, Vec<String>> {
     }
     config::copy(&wanted, &new, &ready).map_err(|error| told(&ready, &error))?;
     // Paths in it are relative: they mean other files here, and must mean equal ones.
-    let there = config::load(&ready, &mut Opened::default()).map_err(lines)?;
+    let there = config::load(&ready, opened).map_err(lines)?;
     if there.revision != wanted.revision {
         return Err(told(
             &new,
@@ -75,6 +78,6 @@ pub fn apply(new: &Path, directory: &Path) -> Result<Applied, Vec<String>> {
 pub fn standing(directory: &Path) -> Option<PathBuf> {
     let directory = std::path::absolute(directory).ok()?;
     let opened = &mut Opened::default();
-    let whole = config::load(&directory, opened).is_ok();
+    let whole = config::load_expired(&directory, opened).is_ok();
     if whole { Some(directory) } else { kept::kept(&kept::Place::of(&directory, None), opened).map(|(kept, _)| kept) }
 }

@@ -27,7 +27,7 @@ use isochrone_core::region::Region;
 use isochrone_core::residency::Residency;
 use isochrone_core::{course, live, stall, steer};
 
-pub use build::{copy, load};
+pub use build::{copy, load, load_expired};
 pub use document::Problem;
 
 use crate::geo::Database;
@@ -98,6 +98,8 @@ pub struct Rejected {
     pub revision: Box<str>,
     /// All that is wrong.
     pub problems: Vec<Problem>,
+    /// The files that the configuration names, as far as it could be read.
+    pub files: BTreeSet<PathBuf>,
 }
 
 /// One address that clients connect to.
@@ -125,8 +127,10 @@ pub struct Trust {
 impl Config {
     /// The directories in which a change of a file can change what this configuration means. The parent is among them,
     /// so that the replacement of the whole directory is seen.
-    pub fn watched(&self, directory: &std::path::Path) -> BTreeSet<PathBuf> {
-        let parents = self.files.iter().map(PathBuf::as_path).chain([directory]).filter_map(|file| file.parent());
+    /// `others` are files that a newer state of it names.
+    pub fn watched(&self, directory: &std::path::Path, others: &BTreeSet<PathBuf>) -> BTreeSet<PathBuf> {
+        let files = self.files.iter().chain(others).map(PathBuf::as_path);
+        let parents = files.chain([directory]).filter_map(|file| file.parent());
         let parents = parents.filter(|parent| !parent.as_os_str().is_empty()).map(std::path::Path::to_owned);
         parents.chain([directory.to_owned(), directory.join("regions")]).collect()
     }
@@ -336,8 +340,6 @@ pub struct Opened {
     databases: HashMap<PathBuf, (Stamp, Arc<Database>)>,
     /// Certificates that have been in force, by their digest: they may expire there.
     certificates: HashSet<[u8; 32]>,
-    /// What is read was accepted once: its certificates may have expired since.
-    pub(crate) was_accepted: bool,
     /// One for the process: clients resume their sessions across a change of the configuration.
     ticketer: Option<Arc<dyn rustls::server::ProducesTickets>>,
 }

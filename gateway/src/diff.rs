@@ -191,7 +191,7 @@ fn tenants(diff: &mut Diff, old: &Snapshot, new: &Snapshot) {
                     .config
                     .regions
                     .iter()
-                    .filter(|config| config.region.drain)
+                    .filter(|config| config.region.drain || config.endpoints.iter().all(|endpoint| endpoint.drain))
                     .map(|config| &*config.region.name)
                     .collect();
                 let mut regions = permitted(snapshot, at, Country::parse(UNNAMED), Some(model));

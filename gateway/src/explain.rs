@@ -121,7 +121,7 @@ pub fn offline(directory: &Path, question: &Question) -> Result<Explanation, Vec
 /// # Errors
 /// The problems of the directory, each in a line.
 pub(crate) fn well(directory: &Path) -> Result<Snapshot, Vec<String>> {
-    let config = config::load(directory, &mut Opened::default())
+    let config = config::load_expired(directory, &mut Opened::default())
         .map_err(|rejected| rejected.problems.iter().map(ToString::to_string).collect::<Vec<_>>())?;
     let snapshot = Snapshot::compile(Arc::new(Config { cores: 1, ..config }), Drains::default(), None, Time::default());
     let well = Probe::Answered { right_region: true, ready: true, round_trip_ms: 0.0, network_ms: 0.0 };

@@ -2,9 +2,10 @@
 //! that a service manager passes to both.
 //!
 //! A socket that is closed takes the connections that wait in its queue along, and with `SO_REUSEPORT` every socket has a
-//! queue of its own. So the descriptors themselves go from one process to the next, over a Unix socket in the abstract
-//! namespace: no file to be left behind, and its name is that of the admin address, which only one gateway can have. Both
-//! sides hold the other to their own user, or root.
+//! queue of its own. So the descriptors themselves go from one process to the next, over a Unix socket that lies where the
+//! accepted configuration is kept. It is a file, and not a name in the abstract namespace, because whoever shares the network
+//! with the gateway, as a container may, does not for that reason share its files; and both sides hold the other to their own
+//! user, or root.
 //!
 //! The successor takes the descriptors, finds out how its endpoints are, begins to accept, and only then says so; the
 //! predecessor then drains and ends. If the successor ends before, nothing has happened.
@@ -13,9 +14,10 @@ use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::AsFd;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr as UnixAddress, UnixListener, UnixStream};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,6 +35,9 @@ const SUCCESSION: Duration = Duration::from_secs(60);
 /// Between a successor that failed and the next.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// Between two attempts to listen.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// Descriptors in one message; the kernel takes at most 253.
 const BATCH: usize = 64;
 
@@ -48,7 +53,10 @@ pub(crate) struct Inherited(HashMap<SocketAddr, Vec<TcpListener>>);
 
 /// The gateway that serves until this one does.
 #[derive(Debug)]
-pub(crate) struct Predecessor(UnixStream);
+pub(crate) struct Predecessor {
+    stream: UnixStream,
+    socket: PathBuf,
+}
 
 impl Inherited {
     fn of(sockets: Vec<TcpListener>) -> std::io::Result<Inherited> {
@@ -89,52 +97,57 @@ pub(crate) fn passed() -> Result<Inherited, String> {
 ///
 /// # Errors
 /// There is one, and it does not give them.
-pub(crate) fn take_over(admin: SocketAddr) -> Result<Option<(Inherited, Predecessor)>, String> {
+pub(crate) fn take_over(socket: &Path) -> Result<Option<(Inherited, Predecessor)>, String> {
     let ask = || {
-        let stream = match UnixStream::connect_addr(&name(admin)?) {
-            Ok(stream) => stream,
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => return Ok(None),
-            Err(error) => return Err(error),
-        };
+        let Some(stream) = reach(socket)? else { return Ok(None) };
         is_ours(&stream)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         let mut sockets = Vec::new();
         while receive(&stream, &mut sockets)? {}
-        Ok(Some((Inherited::of(sockets)?, Predecessor(stream))))
+        Ok(Some((Inherited::of(sockets)?, Predecessor { stream, socket: socket.to_owned() })))
     };
-    ask().map_err(|error: std::io::Error| {
-        format!("the gateway that serves {admin} does not pass its sockets on: {error}")
-    })
+    let told = |error: std::io::Error| {
+        format!("{}: the gateway there does not pass its sockets on: {error}", socket.display())
+    };
+    ask().map_err(told)
+}
+
+impl Inherited {
+    /// Adds those of addresses that are not among these.
+    pub(crate) fn or(mut self, others: Inherited) -> Inherited {
+        for (address, sockets) in others.0 {
+            self.0.entry(address).or_insert(sockets);
+        }
+        self
+    }
 }
 
 impl Predecessor {
     /// Tells it that this process serves, and waits until it has made room. Blocks.
     ///
     /// # Errors
-    /// It has ended meanwhile, or does not answer.
-    pub(crate) fn release(mut self) -> std::io::Result<()> {
-        self.0.write_all(&[SERVING])?;
+    /// It serves on, because it has waited too long.
+    pub(crate) fn release(mut self) -> Result<(), String> {
+        if let Err(error) = self.stream.write_all(&[SERVING]) {
+            // It has ended, or does not expect this process any more. Two that serve would each know half.
+            return match reach(&self.socket) {
+                Ok(None) => Ok(()),
+                _ => Err(format!("the predecessor serves on: {error}")),
+            };
+        }
         let mut said = [0];
-        self.0.read_exact(&mut said)?;
-        if said == [YIELDED] { Ok(()) } else { Err(std::io::Error::other("it said something else")) }
+        if self.stream.read_exact(&mut said).is_err() || said != [YIELDED] {
+            // It has been told, and leaves when it gets to it, or is dead.
+            tracing::warn!("the predecessor has not answered");
+        }
+        Ok(())
     }
 }
 
-/// Passes `sockets` to the successor, and ends when that serves. Never, if there can be none.
-pub(crate) async fn succeeded(admin: SocketAddr, sockets: Vec<TcpListener>) {
-    let bind = || {
-        let listener = UnixListener::bind_addr(&name(admin)?)?;
-        listener.set_nonblocking(true)?;
-        tokio::net::UnixListener::from_std(listener)
-    };
-    let listener = match bind() {
-        Ok(listener) => listener,
-        Err(error) => {
-            tracing::warn!(%error, "no successor will be able to take the sockets of this process over");
-            return std::future::pending().await;
-        }
-    };
+/// Passes `sockets` to the successor, and ends when that serves.
+pub(crate) async fn succeeded(socket: PathBuf, sockets: Vec<TcpListener>) {
+    let listener = bound(&socket).await;
     let sockets = Arc::new(sockets);
     loop {
         let asked = listener.accept().await.and_then(|(stream, _)| stream.into_std());
@@ -142,8 +155,9 @@ pub(crate) async fn succeeded(admin: SocketAddr, sockets: Vec<TcpListener>) {
         let given = tokio::task::spawn_blocking(move || give(&asked?, &sockets));
         match given.await.unwrap_or_else(|error| Err(error.into())) {
             Ok(mut successor) => {
-                // Its name is the successor's from now on.
+                // The place is the successor's from now on.
                 drop(listener);
+                let _ = std::fs::remove_file(&socket);
                 // Whether it hears this or not, it serves.
                 let _ = successor.write_all(&[YIELDED]);
                 return;
@@ -154,6 +168,57 @@ pub(crate) async fn succeeded(admin: SocketAddr, sockets: Vec<TcpListener>) {
             }
         }
     }
+}
+
+/// Listens at the socket's place, as soon as that can be had.
+async fn bound(socket: &Path) -> tokio::net::UnixListener {
+    let bind = || {
+        if reach(socket)?.is_some() {
+            return Err(std::io::Error::other("another gateway listens there"));
+        }
+        // Left over by one that was killed.
+        match std::fs::remove_file(socket) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = short(socket, |path| UnixListener::bind(path))?;
+        std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+        listener.set_nonblocking(true)?;
+        tokio::net::UnixListener::from_std(listener)
+    };
+    let mut told = false;
+    loop {
+        match bind() {
+            Ok(listener) => return listener,
+            Err(error) if !told => {
+                told = true;
+                let place = socket.display();
+                tracing::warn!(%place, %error, "no successor can take the sockets of this process over yet; --state names another place");
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+/// Connects to whoever listens at a socket's place, if anybody does.
+fn reach(socket: &Path) -> std::io::Result<Option<UnixStream>> {
+    match short(socket, |path| UnixStream::connect(path)) {
+        Ok(stream) => Ok(Some(stream)),
+        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused) => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Acts on a socket's path by way of its directory's descriptor: a path of more than 107 bytes is no socket's.
+fn short<T>(socket: &Path, act: impl FnOnce(&Path) -> std::io::Result<T>) -> std::io::Result<T> {
+    let (Some(directory), Some(name)) = (socket.parent(), socket.file_name()) else {
+        return Err(std::io::ErrorKind::InvalidInput.into());
+    };
+    let directory = std::fs::File::open(directory)?;
+    act(&Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name))
 }
 
 /// Gives one successor the descriptors, and waits until it serves.
@@ -196,7 +261,7 @@ fn receive(stream: &UnixStream, sockets: &mut Vec<TcpListener>) -> std::io::Resu
     }
 }
 
-/// Names in the abstract namespace are everybody's: whoever is of another user gets nothing, and nothing is taken of them.
+/// Whoever is of another user gets nothing, and nothing is taken of them.
 fn is_ours(stream: &UnixStream) -> std::io::Result<()> {
     let peer = rustix::net::sockopt::socket_peercred(stream)?;
     if peer.uid == rustix::process::geteuid() || peer.uid.is_root() {
@@ -204,8 +269,4 @@ fn is_ours(stream: &UnixStream) -> std::io::Result<()> {
     }
     let message = format!("process {} at the other end is of another user", peer.pid.as_raw_nonzero());
     Err(std::io::Error::new(std::io::ErrorKind::PermissionDenied, message))
-}
-
-fn name(admin: SocketAddr) -> std::io::Result<UnixAddress> {
-    UnixAddress::from_abstract_name(format!("isochrone/{admin}"))
 }

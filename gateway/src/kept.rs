@@ -21,6 +21,11 @@ impl Place {
         })
     }
 
+    /// The socket at which a successor asks.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.with("sockets").unwrap_or_default()
+    }
+
     fn with(&self, suffix: &str) -> Option<PathBuf> {
         let name = self.0.file_name()?.to_str()?;
         Some(self.0.with_file_name(format!(".{name}.{suffix}")))
@@ -36,8 +41,15 @@ pub(crate) fn keep(config: &Config, directory: &Path, place: &Place, opened: &mu
     let place = |suffix| place.with(suffix).ok_or("the directory has no name".to_owned());
     let [kept, old] = [place("accepted")?, place("accepted.old")?];
     // Of this process: another gateway may serve the same directory.
-    let new = place(&format!("accepting.{}", std::process::id()))?;
-    let done = replace(config, directory, opened, (&kept, &new, &old));
+    let own = format!("accepting.{}", std::process::id());
+    let new = place(&own)?;
+    // One at a time: a process that drains and its successor see the same changes.
+    let done = std::fs::File::create(place("accepting.lock")?).and_then(|lock| {
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
+        Ok(lock)
+    });
+    let done = done.map_err(|error| error.to_string());
+    let done = done.and_then(|_lock| replace(config, directory, opened, (&kept, &new, &old)));
     if done.is_err() {
         for place in [&new, &kept, &old] {
             // What cannot be removed could not be written either.
@@ -77,10 +89,7 @@ pub(crate) fn kept(place: &Place, opened: &mut Opened) -> Option<(PathBuf, Confi
     // The second is there if the process ended between two renames.
     ["accepted", "accepted.old"].into_iter().find_map(|suffix| {
         let kept = place.with(suffix).filter(|kept| kept.is_dir())?;
-        opened.was_accepted = true;
-        let config = config::load(&kept, opened);
-        opened.was_accepted = false;
-        Some((kept, config.ok()?))
+        Some((kept.clone(), config::load_expired(&kept, opened).ok()?))
     })
 }
 
@@ -100,7 +109,8 @@ pub(crate) fn start(
     place: &Place,
     opened: &mut Opened,
 ) -> Result<(Config, Option<Rejected>), Rejected> {
-    let rejected = match config::load(directory, opened) {
+    // A certificate that has expired is no reason not to start: whoever restarts would be worse off than before.
+    let rejected = match config::load_expired(directory, opened) {
         Ok(config) => return Ok((config, None)),
         Err(rejected) => rejected,
     };

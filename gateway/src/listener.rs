@@ -13,7 +13,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulConnection;
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
@@ -45,7 +45,13 @@ const LINGER: Duration = Duration::from_secs(1);
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 
 /// Serves until `stop`, then lets requests in flight end. Gives the reason for an end that was not asked for.
-pub(crate) fn run(core: Arc<Core>, sockets: Vec<TcpListener>, stop: CancellationToken) -> String {
+/// Tells `begun` once it accepts.
+pub(crate) fn run(
+    core: Arc<Core>,
+    sockets: Vec<TcpListener>,
+    stop: CancellationToken,
+    begun: &mpsc::Sender<()>,
+) -> String {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return format!("no runtime: {error}"),
@@ -59,8 +65,13 @@ pub(crate) fn run(core: Arc<Core>, sockets: Vec<TcpListener>, stop: Cancellation
             Ground { core: Arc::clone(&core), places, connections: TaskTracker::new(), stop: stop.child_token() };
         let mut accepting = JoinSet::new();
         for socket in sockets {
-            accepting.spawn(accept(ground.clone(), socket));
+            match tokio::net::TcpListener::from_std(socket) {
+                Ok(socket) => drop(accepting.spawn(accept(ground.clone(), socket))),
+                Err(error) => return format!("a listener: {error}"),
+            }
         }
+        // Whoever waits for it may have gone.
+        let _ = begun.try_send(());
         while let Some(ended) = accepting.join_next().await {
             match ended {
                 Ok(Ok(())) => {}
@@ -71,7 +82,10 @@ pub(crate) fn run(core: Arc<Core>, sockets: Vec<TcpListener>, stop: Cancellation
         // Answers in flight are let out; idle connections are closed, and HTTP/2 clients get GOAWAY.
         let grace = core.shared.snapshot.load().config.shutdown.grace;
         ground.connections.close();
-        let _ = tokio::time::timeout(grace, ground.connections.wait()).await;
+        if tokio::time::timeout(grace, ground.connections.wait()).await.is_err() {
+            let connections = ground.connections.len();
+            tracing::warn!(connections, "broken off: the time to finish is over");
+        }
         "it was told to".into()
     })
 }
@@ -85,8 +99,7 @@ struct Ground {
     stop: CancellationToken,
 }
 
-async fn accept(ground: Ground, socket: TcpListener) -> Result<(), String> {
-    let socket = tokio::net::TcpListener::from_std(socket).map_err(|error| error.to_string())?;
+async fn accept(ground: Ground, socket: tokio::net::TcpListener) -> Result<(), String> {
     let address = socket.local_addr().map_err(|error| error.to_string())?;
     loop {
         // A place first: beyond the limit, connections wait in the kernel's queue, which is bounded too.
@@ -168,17 +181,19 @@ async fn connection(
     };
     // What ends a connection is the client's affair; its requests have told their own ends.
     match tls {
-        None => match tokio::time::timeout(limits.header_timeout, speaks_http2(&stream)).await {
-            Ok(Ok(true)) => {
-                drive(http2(&limits).serve_connection(TokioIo::new(stream), service), &stop, Duration::ZERO).await
+        None => match soon(speaks_http2(&stream), limits.header_timeout, &stop).await {
+            Some(Ok(true)) => {
+                drive(http2(&limits).serve_connection(TokioIo::new(stream), service), &stop, Duration::ZERO).await;
             }
-            Ok(Ok(false)) => drive(http1(&limits).serve_connection(TokioIo::new(stream), service), &stop, LINGER).await,
+            Some(Ok(false)) => {
+                drive(http1(&limits).serve_connection(TokioIo::new(stream), service), &stop, LINGER).await;
+            }
             // It said nothing, or not enough to tell.
-            Ok(Err(_)) | Err(_) => {}
+            Some(Err(_)) | None => {}
         },
         Some(tls) => {
             let handshake = TlsAcceptor::from(tls).accept(stream);
-            let Ok(Ok(stream)) = tokio::time::timeout(limits.header_timeout, handshake).await else {
+            let Some(Ok(stream)) = soon(handshake, limits.header_timeout, &stop).await else {
                 core.shared.counts.handshake_failures.fetch_add(1, Relaxed);
                 return;
             };
@@ -203,6 +218,20 @@ async fn drive<C: GracefulConnection>(connection: C, stop: &CancellationToken, l
     }
     connection.as_mut().graceful_shutdown();
     let _ = connection.await;
+}
+
+/// What a client has to do within a time, and soon if the process leaves. `None`: it has not.
+async fn soon<T>(what: impl Future<Output = T>, time: Duration, stop: &CancellationToken) -> Option<T> {
+    let leaving = async {
+        stop.cancelled().await;
+        tokio::time::sleep(LINGER).await;
+    };
+    tokio::select! {
+        biased;
+        done = what => Some(done),
+        () = tokio::time::sleep(time) => None,
+        () = leaving => None,
+    }
 }
 
 /// Whether a connection without TLS begins like HTTP/2. The bytes are looked at and left where they are.

@@ -33,11 +33,12 @@ enum Command {
         /// The configuration: a directory with gateway.toml, regions/, tenants.toml and locations.toml.
         #[arg(long, value_name = "DIR")]
         config: PathBuf,
-        /// Keep the configuration that was accepted last in this directory instead of beside DIR.
+        /// Keep the configuration that was accepted last, and the socket for a successor, in this directory instead of
+        /// beside DIR.
         #[arg(long, value_name = "DIR")]
         state: Option<PathBuf>,
-        /// Take the listening sockets over from the gateway that serves now at the same admin address; that then drains and
-        /// ends. No connection is lost. Without one: an ordinary start.
+        /// Take the listening sockets over from the gateway that serves this directory now; that then drains and ends. No
+        /// connection is lost. Without one: an ordinary start.
         #[arg(long)]
         take_over: bool,
     },

@@ -183,6 +183,7 @@ pub(crate) fn text(shared: &Shared) -> String {
         ("isochrone_endpoint_asserted", "Whether the endpoint has proven to stand in its region.", 1),
         ("isochrone_endpoint_ejected", "Whether failed requests keep the endpoint out.", 2),
         ("isochrone_endpoint_in_flight", "Requests sent and not ended.", 3),
+        ("isochrone_endpoint_drained", "Whether the endpoint takes no new requests.", 5),
         ("isochrone_endpoint_overloaded", "Whether its overload replies keep requests away.", 4),
     ] {
         family(name, "gauge", help, &mut |text| {
@@ -192,6 +193,7 @@ pub(crate) fn text(shared: &Shared) -> String {
                     1 => u32::from(endpoint.live.is_asserted()),
                     2 => u32::from(endpoint.live.is_ejected(now)),
                     3 => endpoint.live.in_flight(),
+                    5 => u32::from(endpoint.live.is_drained()),
                     _ => u32::from(endpoint.live.is_paused(now)),
                 };
                 let (region, address) = (&endpoint.config.region, endpoint.name());
@@ -216,6 +218,12 @@ pub(crate) fn text(shared: &Shared) -> String {
             }
         },
     );
+    family("isochrone_region_drained", "gauge", "Whether the region takes no new requests.", &mut |text| {
+        for region in &snapshot.fleet.regions {
+            let (name, drained) = (&region.region.name, u8::from(region.region.drain));
+            let _ = writeln!(text, "isochrone_region_drained{{region=\"{name}\"}} {drained}");
+        }
+    });
     let state = shared.config_state.lock();
     family("isochrone_config_info", "gauge", "The revision in force.", &mut |text| {
         let _ = writeln!(text, "isochrone_config_info{{revision=\"{}\"}} 1", snapshot.config.revision);

@@ -4,9 +4,11 @@
 //! All is read, validated and built before one pointer is swapped. Directories are watched rather than files, so that an
 //! atomic rename and a swapped symbolic link are seen like an edit.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
 
 use notify::event::{AccessKind, AccessMode};
@@ -51,7 +53,8 @@ pub(crate) async fn watch(
         Err(error) => return error.to_string(),
     };
     let Ok(mut hangup) = signal(SignalKind::hangup()) else { return "no handler for SIGHUP".into() };
-    watched.follow(&shared.snapshot.load().config, &directory);
+    let mut named = BTreeSet::new();
+    watched.follow(&shared.snapshot.load().config, &directory, &named);
     // Nobody has told what changed between the first reading and the beginning of the watch.
     changed.notify_one();
     if !broken {
@@ -71,6 +74,8 @@ pub(crate) async fn watch(
                 true
             }
         };
+        // Before it is read: the directory may be another of the same name, and what is still being written is told of.
+        watched.follow(&shared.snapshot.load().config, &directory, &named);
         let begun = Instant::now();
         let reading = directory.clone();
         let read = tokio::task::spawn_blocking(move || (config::load(&reading, &mut opened), opened)).await;
@@ -82,19 +87,28 @@ pub(crate) async fn watch(
         let small = |config| small_enough(&shared.snapshot.load().config, &config, &directory).map(|()| config);
         match result.and_then(small) {
             Ok(config) => {
+                named.clone_from(&config.files);
                 if accept(&shared, config, begun) {
                     probes.follow();
-                    opened = kept(&shared, &place, &directory, opened).await;
+                    // A process that leaves lets its successor do so.
+                    if !shared.leaving.load(Relaxed) {
+                        opened = kept(&shared, &place, &directory, opened).await;
+                    }
                 }
             }
-            Err(rejected) => reject(&shared, rejected, by_hand),
+            Err(rejected) => {
+                named.clone_from(&rejected.files);
+                reject(&shared, &rejected, by_hand);
+            }
         }
         if let Some(ask) = asked {
             // Whoever asked may have gone.
             let _ = ask.send(());
         }
-        // Whether accepted or not: a directory may have been replaced by another of the same name.
-        watched.follow(&shared.snapshot.load().config, &directory);
+        // Whether accepted or not. What was not watched while it was read has to be read once more.
+        if watched.follow(&shared.snapshot.load().config, &directory, &named) {
+            changed.notify_one();
+        }
     }
 }
 
@@ -119,8 +133,8 @@ async fn settle(changed: &Notify, shared: &Shared) {
 /// Whether it is another than the one in force.
 fn accept(shared: &Shared, config: Config, begun: Instant) -> bool {
     let before = shared.snapshot.load_full();
-    if before.config.revision == config.revision {
-        // Touched, or put back as it was.
+    if before.config.revision == config.revision && before.config.files == config.files {
+        // Touched, or put back as it was. (The state that was kept is the same in another place.)
         shared.config_state.lock().rejected = None;
         return false;
     }
@@ -175,7 +189,7 @@ pub(crate) fn small_enough(before: &Config, after: &Config, directory: &Path) ->
     );
     let file = directory.join("gateway.toml");
     let problem = config::Problem { file, line: 0, column: 0, message };
-    Err(Rejected { revision: after.revision.clone(), problems: vec![problem] })
+    Err(Rejected { revision: after.revision.clone(), problems: vec![problem], files: after.files.clone() })
 }
 
 /// Keeps what is in force beside the directory.
@@ -200,12 +214,12 @@ fn addresses(config: &Config) -> BTreeSet<std::net::SocketAddr> {
 }
 
 /// Notes what was refused. What was told already is told again only to somebody who asks.
-fn reject(shared: &Shared, rejected: Rejected, by_hand: bool) {
+fn reject(shared: &Shared, rejected: &Rejected, by_hand: bool) {
     let known = shared.config_state.lock().rejected.replace(rejected.clone());
-    if known.as_ref() == Some(&rejected) && !by_hand {
+    if known.as_ref() == Some(rejected) && !by_hand {
         return;
     }
-    tell(&rejected);
+    tell(rejected);
 }
 
 pub(crate) fn tell(rejected: &Rejected) {
@@ -218,7 +232,8 @@ pub(crate) fn tell(rejected: &Rejected) {
 /// The directories being watched.
 struct Watched {
     watcher: RecommendedWatcher,
-    directories: BTreeSet<PathBuf>,
+    /// With their inodes: another directory of the same name is another.
+    directories: BTreeMap<PathBuf, Option<u64>>,
 }
 
 impl Watched {
@@ -235,22 +250,30 @@ impl Watched {
             }
             changed.notify_one();
         })?;
-        Ok(Watched { watcher, directories: BTreeSet::new() })
+        Ok(Watched { watcher, directories: BTreeMap::new() })
     }
 
-    /// Watches what this configuration depends on, and no more.
-    fn follow(&mut self, config: &Config, directory: &Path) {
-        let wanted = config.watched(directory);
-        for gone in self.directories.difference(&wanted) {
+    /// Watches what this configuration depends on, and the files that a newer state of it names, and no more. Whether any
+    /// directory has not been watched before.
+    fn follow(&mut self, config: &Config, directory: &Path, named: &BTreeSet<PathBuf>) -> bool {
+        let inode = |path: &PathBuf| std::fs::metadata(path).ok().map(|metadata| metadata.ino());
+        let wanted: BTreeMap<PathBuf, Option<u64>> =
+            config.watched(directory, named).into_iter().map(|path| (path.clone(), inode(&path))).collect();
+        for gone in self.directories.keys().filter(|path| !wanted.contains_key(*path)) {
             // A directory that no longer exists is no longer watched either way.
             let _ = self.watcher.unwatch(gone);
         }
-        for new in &wanted {
+        let fresh = |path: &PathBuf, inode: &Option<u64>| self.directories.get(path) != Some(inode);
+        let new: Vec<&PathBuf> =
+            wanted.iter().filter(|(path, inode)| fresh(path, inode)).map(|(path, _)| path).collect();
+        for new in &new {
             if let Err(error) = self.watcher.watch(new, RecursiveMode::NonRecursive) {
                 tracing::warn!(directory = %new.display(), %error, "not watched; SIGHUP makes the gateway read changes there");
             }
         }
+        let any = !new.is_empty();
         self.directories = wanted;
+        any
     }
 }
 

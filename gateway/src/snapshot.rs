@@ -124,6 +124,14 @@ impl Snapshot {
                 endpoints: start..endpoints.len(),
             });
         }
+        // An endpoint that is drained and changed in one edit is another, but what stands at its address is not.
+        for old in before.into_iter().flat_map(|before| &before.endpoints) {
+            let same = |new: &&Arc<Endpoint>| new.config.region == old.config.region && new.name() == old.name();
+            if let Some(new) = endpoints.iter().find(same).filter(|new| !Arc::ptr_eq(new, old) && new.live.is_drained())
+            {
+                old.live.drain(new.live.is_drained(), now);
+            }
+        }
         let models = models(&config);
         let mut in_order: Vec<&Model> = models.values().collect();
         in_order.sort_by_key(|model| model.index);

@@ -26,8 +26,7 @@ impl Presented {
     /// # Errors
     /// Why not.
     pub(crate) fn valid_now(&self) -> Result<(), String> {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+        let now = now();
         let date = |seconds| isochrone_telemetry::timestamp(at(seconds));
         if now >= self.expires {
             Err(format!("the certificate expired at {}", date(self.expires)))
@@ -37,6 +36,12 @@ impl Presented {
             Ok(())
         }
     }
+}
+
+/// The time of day, in seconds since 1970.
+pub(crate) fn now() -> i64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(now.as_secs()).unwrap_or(i64::MAX)
 }
 
 fn at(seconds: i64) -> std::time::SystemTime {

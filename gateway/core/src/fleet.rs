@@ -236,8 +236,13 @@ impl Fleet {
         let region = self.region(region);
         let _one_at_a_time = region.live.judging.lock().unwrap_or_else(PoisonError::into_inner);
         let neighbours = &self.endpoints[region.endpoints.clone()];
-        let out = neighbours.iter().filter(|other| !Arc::ptr_eq(other, live) && other.is_out()).count();
-        if !invariant::is_within_cap(out + 1, neighbours.len(), self.rules.ejected_share) {
+        let within = |counts: fn(&Live) -> bool| {
+            let counted = || neighbours.iter().filter(|other| counts(other));
+            let out = counted().filter(|other| !Arc::ptr_eq(other, live) && other.is_out()).count();
+            invariant::is_within_cap(out + 1, counted().count(), self.rules.ejected_share)
+        };
+        // Of those that are not drained as well: the others carry nothing.
+        if !within(|_| true) || !within(|other| !other.is_drained()) {
             return None;
         }
         live.eject(now, &self.rules).map(Told::Ejected)

@@ -44,15 +44,31 @@ const DATABASE_MAX: u64 = 8 << 30;
 /// # Errors
 /// Every problem of every file.
 pub fn load(directory: &Path, opened: &mut Opened) -> Result<Config, Rejected> {
-    let mut builder =
-        Builder { directory, opened, problems: Vec::new(), digest: Sha256::new(), files: BTreeSet::new() };
+    read(directory, opened, false)
+}
+
+/// The same, but certificates may have expired: of what is served, or was.
+///
+/// # Errors
+/// Every other problem of every file.
+pub fn load_expired(directory: &Path, opened: &mut Opened) -> Result<Config, Rejected> {
+    read(directory, opened, true)
+}
+
+fn read(directory: &Path, opened: &mut Opened, expired: bool) -> Result<Config, Rejected> {
+    let (problems, digest) = (Vec::new(), Sha256::new());
+    let (files, certificates) = (BTreeSet::new(), Vec::new());
+    let mut builder = Builder { directory, opened, problems, digest, files, certificates, expired };
     match builder.build() {
-        Some(config) if builder.problems.is_empty() => Ok(config),
+        Some(config) if builder.problems.is_empty() => {
+            builder.opened.certificates.extend(builder.certificates);
+            Ok(config)
+        }
         _ => {
             let revision = builder.revision();
             let mut problems = builder.problems;
             problems.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
-            Err(Rejected { revision, problems })
+            Err(Rejected { revision, problems, files: builder.files })
         }
     }
 }
@@ -64,6 +80,10 @@ struct Builder<'a> {
     digest: Sha256,
     /// The files named in the configuration.
     files: BTreeSet<PathBuf>,
+    /// The digests of its certificates.
+    certificates: Vec<[u8; 32]>,
+    /// They may have expired.
+    expired: bool,
 }
 
 impl Builder<'_> {
@@ -163,7 +183,7 @@ impl Builder<'_> {
             allow_large_change: gateway.reload.allow_large_change,
             regions,
             tenants,
-            files: std::mem::take(&mut self.files),
+            files: self.files.clone(),
         })
     }
 
@@ -346,15 +366,14 @@ impl Builder<'_> {
         // A renewed certificate is another state of the directory, though no TOML file has changed.
         self.digest.update(std::fs::read(certificate).unwrap_or_default());
         let presented = tls::server_config(certificate, key, ticketer)?;
-        let known = self.opened.was_accepted || self.opened.certificates.contains(&presented.digest);
-        match presented.valid_now() {
-            // One that has expired while it was in force stays there: a change of something else must remain possible.
-            Err(message) if !known => Err(("certificate", format!("{}: {message}", certificate.display()))),
-            _ => {
-                self.opened.certificates.insert(presented.digest);
-                Ok(presented)
-            }
+        self.certificates.push(presented.digest);
+        // One that has expired while it was in force stays there: a change of something else must remain possible.
+        if !(self.expired || self.opened.certificates.contains(&presented.digest)) {
+            presented
+                .valid_now()
+                .map_err(|message| ("certificate", format!("{}: {message}", certificate.display())))?;
         }
+        Ok(presented)
     }
 
     fn geoip(&mut self, main: &Document, geoip: &file::GeoIp) -> Vec<Arc<Database>> {

@@ -195,9 +195,9 @@ async fn two_hundred_changes_under_load_fail_no_request_cut_no_stream_and_mix_no
             _ => before.split("# ").next().unwrap_or_default().to_owned() + &format!("# {}\n", rng.u64(..)),
         };
         if rng.bool() {
-            world.replace(&path, &text)
+            world.replace(&path, &text);
         } else {
-            std::fs::write(&path, &text).expect("written")
+            std::fs::write(&path, &text).expect("written");
         }
         let (status, told) = world.operate("POST", "/api/reload").await;
         assert_eq!((status, &told["rejected"]), (StatusCode::OK, &Value::Null), "{told}");

@@ -1,7 +1,5 @@
 //! One process takes another's place, and no client is told.
 
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixStream};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -121,24 +119,51 @@ async fn a_successor_takes_over_under_load_with_a_connection_for_each_request_an
 #[tokio::test]
 async fn a_successor_that_cannot_serve_changes_nothing() {
     let mut world = World::start("upgrade-refused", Plan::default()).await;
-    // Another configuration that is broken, under the same admin address: it is never asked for.
+    // A broken directory: what was accepted last is served already.
     let file = world.config().join("gateway.toml");
     let good = std::fs::read_to_string(&file).expect("readable");
     world.replace(&file, &good.replace("certificate = ", "certificat = "));
-    let state = format!("{}/state", world.folder.display());
     let refused = Command::new(binary("isochrone"))
-        .args(["serve", "--take-over", "--state", &state, "--config"])
+        .args(["serve", "--take-over", "--config"])
         .arg(world.config())
         .output()
         .expect("runs");
     assert_eq!(refused.status.code(), Some(1), "{}", String::from_utf8_lossy(&refused.stderr));
     world.replace(&file, &good);
-    // One that dies with the sockets in its hands; one that is a stranger's and says nothing.
+    // One to which no endpoint seems well: the old one may know better.
+    let workers: Vec<&str> = world.workers.keys().copied().collect();
+    for worker in &workers {
+        world.workers[worker].signal("STOP");
+    }
+    let mut blind = successor(&world);
+    for _ in 0..3_000 {
+        if blind.ended().is_some() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(blind.ended().is_some_and(|status| !status.success()), "{}", blind.log());
+    for worker in &workers {
+        world.workers[worker].signal("CONT");
+    }
+    let all_well = async |world: &World| {
+        let regions = world.regions().await?;
+        regions.as_array()?.iter().all(|region| region["endpoints"][0]["healthy"] == true).then_some(())
+    };
+    world.until("every region is well again", all_well).await;
+    // One that is told to end while it still asks around, and one that dies with the sockets in its hands; one that is a stranger's and says nothing.
+    let mut leaving = successor(&world);
+    leaving.signal("TERM");
+    leaving.terminate();
     let mut dying = successor(&world);
     dying.signal("STOP");
     dying.kill();
-    let address = SocketAddr::from_abstract_name(format!("isochrone/127.0.0.1:{}", world.admin));
-    drop(UnixStream::connect_addr(&address.expect("a name")).expect("connects"));
+    // A path through the folder's descriptor, however long the folder's own is.
+    let folder = std::fs::File::open(&world.folder).expect("opens");
+    let path = format!("/proc/self/fd/{}/.config.sockets", std::os::fd::AsRawFd::as_raw_fd(&folder));
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).expect("it is there").permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    drop(std::os::unix::net::UnixStream::connect(path).expect("connects"));
     for _ in 0..20 {
         assert_eq!(world.ask(Ask::default()).await.status, StatusCode::OK);
     }
