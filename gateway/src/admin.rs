@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use axum::extract::{ConnectInfo, Path, RawQuery, Request, State};
 use axum::http::{HeaderMap, HeaderName, Method, StatusCode, Uri, header};
@@ -45,6 +45,7 @@ pub(crate) fn serve(
         .route("/api/drain", get(drains))
         .route("/api/drain/{region}", put(drain_region).delete(undrain_region))
         .route("/api/drain/{region}/{endpoint}", put(drain_endpoint).delete(undrain_endpoint))
+        .route("/api/cache", get(kept).delete(purge))
         .layer(from_fn(operator))
         // A scraper gone wild costs the data path nothing.
         .layer(tower::limit::ConcurrencyLimitLayer::new(REQUESTS_MAX))
@@ -61,7 +62,8 @@ async fn index() -> &'static str {
      /api/config  the revision in force and the rejected one\n/api/regions regions and endpoints as they are now\n\
      /api/explain?ip=ADDRESS&tenant=NAME&model=NAME  why such a request goes where it goes\n\n\
      POST /api/reload  reads the directory now\nGET /api/drain    what is drained by hand\n\
-     PUT, DELETE /api/drain/REGION[/ENDPOINT]  drains it, or lets it return\n"
+     PUT, DELETE /api/drain/REGION[/ENDPOINT]  drains it, or lets it return\n\
+     GET, DELETE /api/cache[?model=NAME][&tenant=NAME]  what is kept, or forgets it\n"
 }
 
 /// Ready once every endpoint has been probed, either way: before that a pick would be a guess. A region that is down does
@@ -131,6 +133,33 @@ fn is_own(headers: &HeaderMap) -> bool {
     let host = authority.host().trim_matches(['[', ']']);
     let named = host == "localhost" || host.parse::<std::net::IpAddr>().is_ok();
     named && headers.get(header::HOST).is_some_and(|host| host.as_bytes() == authority.as_str().as_bytes())
+}
+
+async fn kept(State(shared): State<Arc<Shared>>) -> Json<Value> {
+    let (entries, bytes) = shared.cache.size();
+    let counts = &shared.cache.counts;
+    let of = |count: &AtomicU64| count.load(Relaxed);
+    Json(json!({ "entries": entries, "bytes": bytes, "hits": of(&counts.hits), "stale": of(&counts.stale),
+        "misses": of(&counts.misses), "collapsed": of(&counts.collapsed), "stored": of(&counts.stored) }))
+}
+
+/// Forgets what is kept: of `?model=`, of `?tenant=`, of both together, or all.
+async fn purge(state: State<Arc<Shared>>, RawQuery(query): RawQuery) -> Response {
+    let (mut model, mut tenant) = (None, None);
+    for (key, value) in form_urlencoded::parse(query.unwrap_or_default().as_bytes()) {
+        match &*key {
+            "model" => model = Some(value.into()),
+            "tenant" => tenant = Some(value.into()),
+            // A misspelt name must not forget everything.
+            other => {
+                let error = format!("no parameter is called `{other}`");
+                return (StatusCode::BAD_REQUEST, Json(json!({ "error": error }))).into_response();
+            }
+        }
+    }
+    tracing::info!(model, tenant, "kept answers are forgotten, by the operator");
+    state.cache.purge(model, tenant);
+    kept(state).await.into_response()
 }
 
 async fn drains(State(shared): State<Arc<Shared>>) -> Json<Value> {

@@ -15,6 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::cache::Cache;
 use crate::config::{Config, Opened, Rejected};
 use crate::endpoint::Endpoint;
 use crate::handover::{self, Predecessor};
@@ -27,6 +28,7 @@ use crate::{admin, kept, listener, probe, reload, tls};
 pub(crate) struct Shared {
     pub(crate) snapshot: ArcSwap<Snapshot>,
     pub(crate) counts: Counts,
+    pub(crate) cache: Cache,
     pub(crate) log: Log,
     pub(crate) config_state: Mutex<ConfigState>,
     /// Asks for the directory to be read now.
@@ -163,10 +165,12 @@ async fn control(
         tracing::error!(revision = %snapshot.config.revision,
             "started on the configuration that was accepted last: the directory is broken");
     }
+    let cache = Cache::new(&snapshot.config.cache);
     let (reread, asks) = mpsc::channel(8);
     let shared = Arc::new(Shared {
         snapshot: ArcSwap::from_pointee(snapshot),
         counts: Counts::default(),
+        cache,
         log,
         config_state: Mutex::new(ConfigState { accepted_at: SystemTime::now(), rejected }),
         reread,

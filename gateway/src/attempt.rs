@@ -91,16 +91,19 @@ struct Begun<'a> {
 
 /// Tries until there is an answer for the client.
 ///
+/// `stateless`: the body has been read, and is of no sequence.
+///
 /// # Errors
 /// Nobody permitted could answer.
 pub(crate) async fn run(
     core: &Core,
     request: &Attempted<'_>,
     mut body: Received,
+    stateless: bool,
     record: &mut Record,
 ) -> Result<Answer, Error> {
     // A route's word overrules what the call is taken for.
-    let may_repeat = || request.call.replayable && !call::may_be_sequence(request.head, body.chunks());
+    let may_repeat = || request.call.replayable && (stateless || !call::may_be_sequence(request.head, body.chunks()));
     let replayable = body.is_whole() && request.route.replay.unwrap_or_else(may_repeat);
     let (poison, longest) = (&request.snapshot.fleet.poison, request.snapshot.config.attempts.poison_for);
     let asked = if replayable && !poison.is_empty() {
@@ -246,7 +249,7 @@ impl Attempted<'_> {
 }
 
 /// What the rules permit now, if they have been reloaded since the request began.
-fn hold_to_newest(core: &Core, request: &Attempted<'_>) -> Permitted {
+pub(crate) fn hold_to_newest(core: &Core, request: &Attempted<'_>) -> Permitted {
     let newest = core.shared.snapshot.load();
     if Arc::ptr_eq(&newest, request.snapshot) {
         return request.permitted;

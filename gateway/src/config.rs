@@ -71,6 +71,8 @@ pub struct Config {
     pub stall: stall::Rules,
     /// How a request is tried.
     pub attempts: Attempts,
+    /// Kept answers.
+    pub cache: Cache,
     /// Bounds.
     pub limits: Limits,
     /// How the process ends.
@@ -193,6 +195,34 @@ pub struct Route {
     pub affinity: Option<Affinity>,
     /// Whether and when a second attempt starts beside the first.
     pub hedge: Option<stall::Hedge>,
+    /// Whose kept answers they are given.
+    pub cache: CacheScope,
+}
+
+/// Whose kept answers a call is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheScope {
+    /// Nobody's.
+    Off,
+    /// Its own tenant's.
+    Tenant,
+    /// Those of all tenants of such routes that are held to the same zones.
+    Shared,
+}
+
+/// Kept answers.
+#[derive(Clone, Copy, Debug)]
+pub struct Cache {
+    /// All of them; 0: none.
+    pub bytes: u64,
+    /// The largest.
+    pub entry_bytes: usize,
+    /// How long one is given without asking again.
+    pub ttl: Duration,
+    /// How much longer while somebody has it renewed.
+    pub stale_while_revalidate: Duration,
+    /// How much longer where nobody can answer.
+    pub stale_if_error: Duration,
 }
 
 /// What binds requests to one endpoint.

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use isochrone_core::Time;
 use isochrone_core::live::{Kind, Live, Probe, Report, Rules};
 use isochrone_core::steer::stable_hash;
@@ -13,6 +14,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::app::Core;
+use crate::catalog::Served;
 use crate::config::{EndpointConfig, Target};
 use crate::upstream::{self, Fault, Pool, ProbeError};
 
@@ -28,6 +30,8 @@ pub(crate) struct Endpoint {
     pulse: tokio::sync::Mutex<Pulse>,
     /// Told when it fails: its next probe is not put off.
     pub(crate) wake: Notify,
+    /// The models that it has, as its last probe's answer said.
+    pub(crate) catalog: ArcSwap<Vec<Served>>,
     /// The region that it named last, if that was a wrong one: told once.
     wrong: Mutex<Option<Option<String>>>,
 }
@@ -52,6 +56,7 @@ pub(crate) enum ProbeResult {
         round_trip_ms: f32,
         network_ms: f32,
         report: Option<Report>,
+        models: Vec<Served>,
     },
     /// Nobody is there.
     Gone(String),
@@ -85,6 +90,7 @@ impl Endpoint {
             grpc: (0..cores).map(|_| Pool::default()).collect(),
             pulse: tokio::sync::Mutex::default(),
             wake: Notify::new(),
+            catalog: ArcSwap::default(),
             wrong: Mutex::default(),
         }
     }
@@ -108,11 +114,14 @@ impl Endpoint {
     pub(crate) fn probed(&self, result: ProbeResult, now: Time, rules: &Rules) -> Option<Change> {
         let first = !self.live.is_probed();
         let (probe, why, told) = match result {
-            ProbeResult::Answered { region, ready, round_trip_ms, network_ms, report } => {
+            ProbeResult::Answered { region, ready, round_trip_ms, network_ms, report, models } => {
                 let right_region = !self.config.assert_region || region.as_deref() == Some(&*self.config.region);
                 let probe = Probe::Answered { right_region, ready: ready.is_ok(), round_trip_ms, network_ms };
                 if let Some(report) = report.filter(|_| right_region) {
                     self.live.reported(report, now);
+                }
+                if right_region && **self.catalog.load() != models {
+                    self.catalog.store(Arc::new(models));
                 }
                 let named = (!right_region).then_some(region);
                 let told = std::mem::replace(&mut *self.wrong.lock(), named.clone()) != named;

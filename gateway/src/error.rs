@@ -46,6 +46,8 @@ pub(crate) enum Error {
     Poisonous,
     #[error("no answer within the deadline")]
     Deadline,
+    #[error("nothing is kept that could be given, and the request takes nothing else")]
+    NotKept,
     #[error("something went wrong in the gateway")]
     Internal,
 }
@@ -66,7 +68,8 @@ impl Error {
             Error::Residency => StatusCode::UNAVAILABLE_FOR_LEGAL_REASONS,
             Error::Unavailable | Error::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
             Error::Broken | Error::Poisonous => StatusCode::BAD_GATEWAY,
-            Error::Deadline => StatusCode::GATEWAY_TIMEOUT,
+            // RFC 9111, section 5.2.1.7.
+            Error::Deadline | Error::NotKept => StatusCode::GATEWAY_TIMEOUT,
             Error::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -76,7 +79,7 @@ impl Error {
         match self {
             Error::Malformed(_) | Error::BrokenBody => 3,
             Error::SlowBody | Error::Deadline => 4,
-            Error::UnknownModel => 5,
+            Error::UnknownModel | Error::NotKept => 5,
             Error::ModelForbidden | Error::CallForbidden | Error::Residency => 7,
             Error::OversizeHead | Error::OversizeBody | Error::Overloaded => 8,
             Error::GatewayOutside => 9,
@@ -114,6 +117,7 @@ impl Error {
             Error::Broken => "broken_response",
             Error::Poisonous => "poisonous_request",
             Error::Deadline => "deadline_exceeded",
+            Error::NotKept => "not_kept",
             Error::Internal => "internal",
         }
     }

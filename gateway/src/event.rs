@@ -21,6 +21,7 @@ use tracing::{Span, field, info_span};
 
 use crate::app::{Core, Permit};
 use crate::attempt::Failure;
+use crate::cache::Status;
 use crate::endpoint::Endpoint;
 use crate::error::Error;
 use crate::identity::Peer;
@@ -54,6 +55,8 @@ pub(crate) struct Record {
     model: Option<Arc<str>>,
     status: StatusCode,
     error: Option<&'static str>,
+    /// What the cache did.
+    pub(crate) cache: Status,
     bytes: u64,
     snapshot: Arc<Snapshot>,
     core: Arc<Core>,
@@ -100,6 +103,7 @@ struct Line<'a> {
     attempts: usize,
     outcomes: Vec<(&'a str, &'a str)>,
     reason: &'a str,
+    cache: &'static str,
     duration_ms: f64,
     answer_ms: Option<f64>,
     bytes: u64,
@@ -129,6 +133,7 @@ impl Record {
             model: None,
             status: StatusCode::from_u16(CLIENT_LEFT).unwrap_or(StatusCode::BAD_REQUEST),
             error: None,
+            cache: Status::Bypass(""),
             bytes: 0,
             snapshot: Arc::clone(snapshot),
             core: Arc::clone(core),
@@ -241,6 +246,15 @@ impl Record {
         }
     }
 
+    /// The answer is one that was kept, of this region.
+    pub(crate) fn kept(&mut self, region: &Arc<str>, cache: Status) {
+        self.cache = cache;
+        self.decided = usize::MAX;
+        self.undecided.region = Arc::clone(region);
+        self.undecided.reason.clear();
+        push(&mut self.undecided.reason, &["kept answer of ", region]);
+    }
+
     /// No attempt began. If one would have been possible but for the budget, that is part of the reason.
     pub(crate) fn not_begun(&mut self, why: NotBegun) {
         let words = match why {
@@ -350,6 +364,7 @@ impl Record {
                 .map(|tried| (&*tried.decision.region, tried.outcome.unwrap_or("ended")))
                 .collect(),
             reason: &self.decision().reason,
+            cache: self.cache.as_str(),
             duration_ms: milliseconds(duration),
             answer_ms: self.answered.map(|at| milliseconds(at - self.started)),
             bytes: self.bytes,

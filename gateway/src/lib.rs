@@ -54,6 +54,10 @@ pub mod apply;
 
 mod probe;
 
+mod catalog;
+
+mod cache;
+
 mod handover;
 
 mod admin;
@@ -61,3 +65,8 @@ mod admin;
 mod metrics;
 
 pub use app::{Serve, serve};
+
+/// The product's own, so that what tests measure of memory is what it takes there.
+#[cfg(test)]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

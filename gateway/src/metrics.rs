@@ -262,7 +262,29 @@ pub(crate) fn text(shared: &Shared) -> String {
                 writeln!(text, "isochrone_geoip_build_timestamp_seconds{{file=\"{at}\"}} {}", database.build_epoch());
         }
     });
+    let cache = &shared.cache.counts;
+    family("isochrone_cache_requests_total", "counter", "Requests, by what the cache did.", &mut |text| {
+        for (result, count) in [
+            ("hit", &cache.hits),
+            ("stale", &cache.stale),
+            ("collapsed", &cache.collapsed),
+            ("miss", &cache.misses),
+            ("bypass", &cache.bypassed),
+        ] {
+            let _ = writeln!(text, "isochrone_cache_requests_total{{result=\"{result}\"}} {}", count.load(Relaxed));
+        }
+    });
+    let (entries, bytes) = shared.cache.size();
     for (name, help, value) in [
+        ("isochrone_cache_entries", "Kept answers.", entries),
+        ("isochrone_cache_bytes", "What they cost in memory.", bytes),
+    ] {
+        family(name, "gauge", help, &mut |text| {
+            let _ = writeln!(text, "{name} {value}");
+        });
+    }
+    for (name, help, value) in [
+        ("isochrone_cache_stored_total", "Answers that were kept.", cache.stored.load(Relaxed)),
         ("isochrone_connections_total", "Client connections accepted.", counts.connections.load(Relaxed)),
         ("isochrone_handshake_failures_total", "TLS handshakes that failed.", counts.handshake_failures.load(Relaxed)),
         ("isochrone_panics_total", "Requests that ended in a panic, answered 500.", counts.panics.load(Relaxed)),

@@ -8,10 +8,10 @@ use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::app::Shared;
-use crate::config;
 use crate::endpoint::{Change, Endpoint, ProbeResult};
 use crate::load_report;
 use crate::upstream::{self, Fault, ProbeError, REGION, Unreached};
+use crate::{catalog, config};
 
 /// The running probes, by endpoint. Dropping one's guard ends it.
 pub(crate) struct Probes {
@@ -85,6 +85,7 @@ async fn ask(endpoint: &Endpoint) -> Result<ProbeResult, String> {
             round_trip_ms: took.as_secs_f32() * 1000.0,
             network_ms: connected.as_secs_f32() * 1000.0,
             report: load_report::parse(&head.headers),
+            models: catalog::parse(&head.headers),
         },
         Err(ProbeError::Connect(Unreached { why, fault })) => match fault {
             Fault::Gone => ProbeResult::Gone(why),

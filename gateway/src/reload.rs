@@ -143,6 +143,7 @@ fn accept(shared: &Shared, config: Config, begun: Instant) -> bool {
         ("limits.connections", before.config.limits.connections == config.limits.connections),
         ("admin.address", before.config.admin == config.admin),
         ("gateway.cores", before.config.cores == config.cores),
+        ("cache.bytes", before.config.cache.bytes == config.cache.bytes),
         ("telemetry.otlp", before.config.telemetry.otlp == config.telemetry.otlp),
     ] {
         if !same {

@@ -1,6 +1,6 @@
 //! The page: one request from its head to its answer.
 //!
-//! identify -> locate -> admit -> receive -> permit -> attempt -> respond. Every step either gives what the next one
+//! identify -> locate -> admit -> receive -> permit -> cache -> attempt -> respond. Every step either gives what the next one
 //! demands or an error, which [`respond::refuse`] turns into an answer; there is no other way out.
 
 mod strict;
@@ -21,6 +21,7 @@ use tokio::time::Instant;
 use crate::app::Core;
 use crate::attempt::{self, Answer, Attempted, Forwarded};
 use crate::body::{self, ReceiveLimits, ResponseBody};
+use crate::cache;
 use crate::call::{self, Dialect, ModelIn};
 use crate::error::Error;
 use crate::event::Record;
@@ -126,7 +127,7 @@ async fn answer(
         own_deadline: asked.is_none_or(|asked| asked >= route.timeout),
         forwarded: forwarded(&caller, peer, record),
     };
-    attempt::run(core, &attempted, body, record).await.map(Outcome::Forward)
+    cache::through(core, &attempted, body, record).await.map(Outcome::Forward)
 }
 
 /// The model, and the regions that may see the request.

@@ -21,7 +21,6 @@ use crate::text;
 const REGION: HeaderName = HeaderName::from_static("isochrone-region");
 const ATTEMPTS: HeaderName = HeaderName::from_static("isochrone-attempts");
 const REASON: HeaderName = HeaderName::from_static("isochrone-reason");
-const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -37,6 +36,8 @@ fn is_withheld(name: &HeaderName) -> bool {
             | "upgrade"
             | "server"
             | "endpoint-load-metrics"
+            | "age"
+            | "isochrone-models"
             | "isochrone-attempts"
             | "isochrone-reason"
     )
@@ -202,8 +203,7 @@ fn own(
 /// What every answer carries.
 fn decorate(headers: &mut HeaderMap, record: &Record) {
     headers.insert(X_REQUEST_ID, record.request_id.clone());
-    // There is no cache yet, and RFC 9211 has a word for an answer that did not look into one.
-    headers.insert(CACHE_STATUS, HeaderValue::from_static("isochrone; fwd=bypass"));
+    record.cache.write(headers);
     let answered = record.answered.unwrap_or(record.started);
     let mut timing = String::with_capacity(32);
     timing.push_str("total;dur=");

@@ -43,7 +43,7 @@ fuzz_target!(|data: &[u8]| {
         }
     }
     // Whole requests and answers, in each encoding.
-    let _ = (Request::from_http(&body, Some(header)), Request::from_http(&body, None), Request::from_grpc(body.clone()));
+    let _ = (Request::from_http(&body, Some(header)), Request::from_http(&body, None), Request::from_grpc(&body));
     let _ = (Answer::from_http(&body, Some(header)), Answer::from_http(&body, None), Answer::from_grpc(body.clone()));
     let shape = [i64::from(count), i64::from(size.cast_signed())];
     if let Some(count) = element_count(&shape) {

@@ -27,6 +27,11 @@ use crate::tensor::answer::Http;
 use crate::tensor::request::Wanted;
 use crate::tensor::{self, Tensor, envelope};
 
+const MODELS: HeaderName = HeaderName::from_static("isochrone-models");
+
+/// The longest list of models that a header takes.
+const MODELS_MAX: usize = 16 << 10;
+
 const HEADER_LENGTH: HeaderName = HeaderName::from_static("inference-header-content-length");
 
 pub(crate) async fn server() -> Json<Value> {
@@ -38,10 +43,23 @@ pub(crate) async fn live() -> Json<Value> {
     Json(json!({ "live": true }))
 }
 
-pub(crate) async fn ready(Shared(state): Shared<Arc<State>>) -> (StatusCode, Json<Value>) {
+/// Says too which models are there: `[name, version, digest, deterministic]` each, for a gateway that keeps answers.
+pub(crate) async fn ready(Shared(state): Shared<Arc<State>>) -> Response {
     let ready = is_ready(&state);
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(json!({ "ready": ready })))
+    let mut response = (status, Json(json!({ "ready": ready }))).into_response();
+    let models = state.repository.models();
+    let served = models.values().flat_map(|versions| versions.values()).map(|loaded| {
+        let found = &loaded.found;
+        json!([found.name, found.version, found.digest, found.spec.deterministic])
+    });
+    let models = Value::from_iter(served).to_string();
+    if models.len() <= MODELS_MAX
+        && let Ok(models) = HeaderValue::from_str(&models)
+    {
+        response.headers_mut().insert(MODELS, models);
+    }
+    response
 }
 
 /// The model and version of a path.

@@ -97,7 +97,7 @@ impl Failure {
 impl Answer {
     /// The status by which it is judged. gRPC says in a field of its own what HTTP says in the status
     /// (<https://grpc.github.io/grpc/core/md_doc_statuscodes.html>).
-    pub(super) fn status(&self) -> u16 {
+    pub(crate) fn status(&self) -> u16 {
         let trailers = match &self.body {
             AnswerBody::Whole { trailers, .. } => trailers.as_ref(),
             AnswerBody::Stream { .. } => None,

@@ -17,8 +17,8 @@ use toml::de::{DeTable, DeValue};
 
 use super::document::{Document, Problem, lay_under, regular};
 use super::{
-    Address, Affinity, Attempts, Config, EndpointConfig, ForwardedBy, Limits, Listener, Opened, Probes, Queue,
-    RegionConfig, Rejected, Route, Shutdown, Stamp, Target, TargetTls, Telemetry, Tenant, Trust, file,
+    Address, Affinity, Attempts, Cache, CacheScope, Config, EndpointConfig, ForwardedBy, Limits, Listener, Opened,
+    Probes, Queue, RegionConfig, Rejected, Route, Shutdown, Stamp, Target, TargetTls, Telemetry, Tenant, Trust, file,
 };
 use crate::geo::Database;
 use crate::tls::{self, Presented};
@@ -161,6 +161,13 @@ impl Builder<'_> {
                 answer_bytes: bytes(gateway.attempts.answer_buffer),
                 poison_for: gateway.attempts.poison_for.0,
             },
+            cache: Cache {
+                bytes: gateway.cache.bytes.0.as_u64(),
+                entry_bytes: bytes(gateway.cache.entry),
+                ttl: gateway.cache.ttl.0,
+                stale_while_revalidate: gateway.cache.stale_while_revalidate.0,
+                stale_if_error: gateway.cache.stale_if_error.0,
+            },
             limits: Limits {
                 header_timeout: gateway.limits.header_timeout.0,
                 body_timeout: gateway.limits.body_timeout.0,
@@ -225,7 +232,7 @@ impl Builder<'_> {
         let otlp = gateway.telemetry.otlp.as_ref().is_none_or(|url| {
             url.parse::<http::Uri>().is_ok_and(|url| url.host().is_some() && url.scheme_str() == Some("http"))
         });
-        let checks: [(bool, &[&str], &str); 38] = [
+        let checks: [(bool, &[&str], &str); 40] = [
             (gateway.gateway.cores <= 1024, &["gateway", "cores"], "at most 1024"),
             (
                 !gateway.listeners.is_empty(),
@@ -298,6 +305,14 @@ impl Builder<'_> {
                 gateway.reload.poll.0.is_zero() || gateway.reload.poll.0 >= Duration::from_secs(1),
                 &["reload", "poll"],
                 "\"0s\" for never, or at least \"1s\"",
+            ),
+            (gateway.cache.entry.0.as_u64() <= 64 << 20, &["cache", "entry"], "at most \"64MiB\""),
+            (
+                [gateway.cache.ttl, gateway.cache.stale_while_revalidate, gateway.cache.stale_if_error]
+                    .iter()
+                    .all(|length| length.0 <= Duration::from_secs(31_536_000)),
+                &["cache"],
+                "at most \"1y\"",
             ),
             (otlp, &["telemetry", "otlp"], "an OTLP endpoint is http://HOST:PORT"),
             (gateway.limits.streams >= 1 && gateway.limits.in_flight >= 1, &["limits"], "limits are at least 1"),
@@ -513,6 +528,11 @@ impl Builder<'_> {
                 replay: route.replay,
                 affinity,
                 hedge,
+                cache: match route.cache {
+                    Some(file::CacheScope::Off) => CacheScope::Off,
+                    None | Some(file::CacheScope::Tenant) => CacheScope::Tenant,
+                    Some(file::CacheScope::Shared) => CacheScope::Shared,
+                },
             });
         }
         if pools.is_empty() && routes.iter().any(|route: &Route| route.steering.policy == steer::Policy::Pools)
@@ -528,6 +548,7 @@ impl Builder<'_> {
             replay: None,
             affinity: None,
             hedge: None,
+            cache: CacheScope::Tenant,
         };
         (routes, default_route)
     }

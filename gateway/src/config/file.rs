@@ -30,6 +30,7 @@ pub(super) struct Gateway {
     pub(super) capacity: Capacity,
     pub(super) stall: Stall,
     pub(super) attempts: Attempts,
+    pub(super) cache: Cache,
     pub(super) limits: Limits,
     pub(super) shutdown: Shutdown,
     pub(super) telemetry: Telemetry,
@@ -163,6 +164,27 @@ pub(super) struct Route {
     pub(super) replay: Option<bool>,
     pub(super) affinity: Option<String>,
     pub(super) hedge: Option<Hedge>,
+    pub(super) cache: Option<CacheScope>,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum CacheScope {
+    Off,
+    Tenant,
+    Shared,
+}
+
+#[derive(Debug, Deserialize, JsonSchema)]
+#[cfg_attr(test, derive(serde::Serialize))]
+#[serde(deny_unknown_fields)]
+pub(super) struct Cache {
+    pub(super) bytes: Size,
+    pub(super) entry: Size,
+    pub(super) ttl: Length,
+    pub(super) stale_while_revalidate: Length,
+    pub(super) stale_if_error: Length,
 }
 
 #[derive(Debug, Deserialize, JsonSchema)]

@@ -8,6 +8,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use prost::Message;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
@@ -32,6 +33,8 @@ pub struct Request {
     pub outputs: Vec<Wanted>,
     /// Over HTTP: outputs are binary unless one says otherwise.
     pub binary: bool,
+    /// It has a time of its own, after which its worker gives it up.
+    pub hurried: bool,
     /// What else is asked, but for what only this request's own treatment depends on.
     pub parameters: BTreeMap<String, Parameter>,
 }
@@ -58,8 +61,8 @@ pub enum Parameter {
     Text(String),
 }
 
-/// Parameters that say how to treat this request, not what to compute.
-const OWN: [&str; 3] = ["binary_data_output", "timeout", "priority"];
+/// Inputs, outputs or parameters, at most: each is compared with the others.
+const NAMES_MAX: usize = 256;
 
 impl Request {
     /// Reads a request over HTTP. `header` is the value of `Inference-Header-Content-Length`.
@@ -69,8 +72,8 @@ impl Request {
     pub fn from_http(body: &Bytes, header: Option<&[u8]>) -> Result<Request, Inexact> {
         let (json, binary) = envelope::part(body, header).map_err(|_| Inexact("malformed"))?;
         let request: HttpRequest<'_> = serde_json::from_slice(&json).map_err(|_| Inexact("unknown members"))?;
-        let sizes = request.inputs.iter().map(|input| input.parameters.as_ref()?.binary_data_size);
-        let parts = envelope::distribute(&binary, sizes).map_err(|_| Inexact("malformed"))?;
+        let sizes: Vec<Option<u64>> = request.inputs.iter().map(HttpInput::binary).collect::<Result<_, _>>()?;
+        let parts = envelope::distribute(&binary, sizes.into_iter()).map_err(|_| Inexact("malformed"))?;
         let inputs = request.inputs.iter().zip(parts).map(|(input, part)| {
             let (datatype, count) = known(&input.datatype, &input.shape)?;
             let data = match (part, input.data) {
@@ -81,26 +84,30 @@ impl Request {
             let data = data.map_err(|_| Inexact("elements that do not fit"))?;
             Ok(Tensor { name: input.name.clone().into_owned(), datatype, shape: input.shape.clone(), data })
         });
-        let outputs = request.outputs.into_iter().flatten().map(|output| Wanted {
-            name: output.name.into_owned(),
-            binary: output.parameters.and_then(|parameters| parameters.binary_data),
+        let outputs = request.outputs.into_iter().flatten().map(|output| {
+            let binary = match output.parameters.as_ref().map(|parameters| &*parameters.0) {
+                None | Some([]) => None,
+                Some([(name, Parameter::Bool(binary))]) if name == "binary_data" => Some(*binary),
+                Some(_) => return Err(Inexact("parameters of an output")),
+            };
+            Ok(Wanted { name: output.name.into_owned(), binary })
         });
+        let outputs = outputs.collect::<Result<Vec<_>, _>>()?;
         let parameters = request.parameters.map(|parameters| parameters.0).unwrap_or_default();
         let binary =
             parameters.iter().any(|(name, value)| name == "binary_data_output" && *value == Parameter::Bool(true));
         let id = request.id.map(Cow::into_owned);
-        Request::new(id, inputs.collect::<Result<_, _>>()?, outputs.collect(), binary, parameters)
+        Request::new(id, inputs.collect::<Result<_, _>>()?, outputs, binary, parameters)
     }
 
     /// Reads a gRPC message, without its prefix. The model and its version are the caller's to read.
     ///
     /// # Errors
     /// It has no exact form.
-    pub fn from_grpc(message: Bytes) -> Result<Request, Inexact> {
-        let length = message.len();
-        let request = <ModelInferRequest as prost::Message>::decode(message).map_err(|_| Inexact("malformed"))?;
+    pub fn from_grpc(message: &Bytes) -> Result<Request, Inexact> {
+        let request = ModelInferRequest::decode(message.clone()).map_err(|_| Inexact("malformed"))?;
         // What is not known here was left out, and could mean something to the server.
-        if prost::Message::encoded_len(&request) != length {
+        if request.encode_to_vec() != *message {
             return Err(Inexact("unknown members"));
         }
         let raw = &request.raw_input_contents;
@@ -135,6 +142,9 @@ impl Request {
         parameters: Vec<(String, Parameter)>,
     ) -> Result<Request, Inexact> {
         let twice = |names: &[&str]| (1..names.len()).any(|at| names[..at].contains(&names[at]));
+        if inputs.len().max(outputs.len()).max(parameters.len()) > NAMES_MAX {
+            return Err(Inexact("too many names"));
+        }
         let names: [Vec<&str>; 3] = [
             inputs.iter().map(|input| &*input.name).collect(),
             outputs.iter().map(|output| &*output.name).collect(),
@@ -147,8 +157,20 @@ impl Request {
         if names[2].iter().any(|name| name.starts_with("sequence_")) {
             return Err(Inexact("a sequence"));
         }
-        let parameters = parameters.into_iter().filter(|(name, _)| !OWN.contains(&&**name)).collect();
-        Ok(Request { id, inputs, outputs, binary, parameters })
+        let mut hurried = false;
+        let mut meant = BTreeMap::new();
+        for (name, value) in parameters {
+            // These say how to treat this request, not what to compute. What they cannot be is the worker's to refuse.
+            match (&*name, &value) {
+                ("binary_data_output", Parameter::Bool(_)) | ("priority", Parameter::Integer(_)) => {}
+                ("timeout", Parameter::Integer(micros)) if u64::try_from(*micros).is_ok() => hurried |= *micros > 0,
+                ("binary_data_output" | "priority" | "timeout", _) => {
+                    return Err(Inexact("a parameter of another kind"));
+                }
+                _ => drop(meant.insert(name, value)),
+            }
+        }
+        Ok(Request { id, inputs, outputs, binary, hurried, parameters: meant })
     }
 
     /// Adds what the request means to a digest: inputs and parameters by name, outputs in their order, every length before
@@ -293,13 +315,20 @@ struct HttpInput<'a> {
     #[serde(borrow)]
     data: Option<&'a RawValue>,
     #[serde(default)]
-    parameters: Option<HttpInputParameters>,
+    parameters: Option<Pairs>,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct HttpInputParameters {
-    binary_data_size: Option<u64>,
+impl HttpInput<'_> {
+    /// The size of its part of what stands behind the JSON.
+    fn binary(&self) -> Result<Option<u64>, Inexact> {
+        match self.parameters.as_ref().map(|parameters| &*parameters.0) {
+            None | Some([]) => Ok(None),
+            Some([(name, Parameter::Integer(size))]) if name == "binary_data_size" => {
+                u64::try_from(*size).map(Some).map_err(|_| Inexact("malformed"))
+            }
+            Some(_) => Err(Inexact("parameters of an input")),
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -308,13 +337,7 @@ struct HttpOutput<'a> {
     #[serde(borrow)]
     name: Cow<'a, str>,
     #[serde(default)]
-    parameters: Option<HttpOutputParameters>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct HttpOutputParameters {
-    binary_data: Option<bool>,
+    parameters: Option<Pairs>,
 }
 
 /// The members of an object, those that stand twice too.

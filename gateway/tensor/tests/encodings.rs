@@ -77,6 +77,7 @@ fn request() -> impl Strategy<Value = Request> {
             inputs: [Some(first), second].into_iter().flatten().collect(),
             outputs: outputs.into_iter().map(|name| Wanted { name: name.into(), binary: None }).collect(),
             binary: false,
+            hurried: false,
             parameters,
         })
 }
@@ -188,7 +189,7 @@ fn digest(request: &Request) -> blake3::Hash {
 proptest! {
     #[test]
     fn the_encodings_of_a_request_are_one(request in request()) {
-        let grpc = |raw| message(&request, raw).map(|message| Request::from_grpc(message.encode_to_vec().into()).expect("exact"));
+        let grpc = |raw| message(&request, raw).map(|message| Request::from_grpc(&message.encode_to_vec().into()).expect("exact"));
         let read = [http(&request, false), http(&request, true), grpc(true), grpc(false)];
         for read in read.into_iter().flatten() {
             // NaN is another than itself, but has the same bytes.
@@ -257,7 +258,7 @@ proptest! {
         for bytes in [Bytes::from(bytes), Bytes::from(text.into_bytes())] {
             let header = header.map(|header| header.to_string());
             let header = header.as_deref().map(str::as_bytes);
-            let _ = (Request::from_http(&bytes, header), Request::from_grpc(bytes.clone()));
+            let _ = (Request::from_http(&bytes, header), Request::from_grpc(&bytes));
             let _ = (Answer::from_http(&bytes, header), Answer::from_grpc(bytes.clone()));
         }
     }
@@ -274,7 +275,10 @@ fn what_could_be_read_in_two_ways_is_not_mapped() {
         (r#""parameters":{"a":[1]}"#, Inexact("unknown members")),
         (r#""parameters":{"a":null}"#, Inexact("unknown members")),
         (r#""model":"m""#, Inexact("unknown members")),
-        (r#""outputs":[{"name":"x","parameters":{"classification":2}}]"#, Inexact("unknown members")),
+        (r#""outputs":[{"name":"x","parameters":{"classification":2}}]"#, Inexact("parameters of an output")),
+        (r#""outputs":[{"name":"x","parameters":[true]}]"#, Inexact("unknown members")),
+        (r#""parameters":{"timeout":-1}"#, Inexact("a parameter of another kind")),
+        (r#""parameters":{"binary_data_output":"true"}"#, Inexact("a parameter of another kind")),
         (r#""outputs":[{"name":"x"},{"name":"x"}]"#, Inexact("a name that stands twice")),
         (inputs, Inexact("unknown members")),
     ] {
@@ -282,16 +286,23 @@ fn what_could_be_read_in_two_ways_is_not_mapped() {
     }
     for (input, why) in [
         (r#"{"name":"a","datatype":"FP32","shape":[2],"data":[1]}"#, Inexact("elements that do not fit")),
-        (r#"{"name":"a","datatype":"FP32","shape":[1],"data":[1],"parameters":{"x":1}}"#, Inexact("unknown members")),
+        (
+            r#"{"name":"a","datatype":"FP32","shape":[1],"data":[1],"parameters":{"x":1}}"#,
+            Inexact("parameters of an input"),
+        ),
         (r#"{"name":"a","datatype":"FP33","shape":[1],"data":[1]}"#, Inexact("an unknown datatype")),
         (r#"{"name":"a","datatype":"INT8","shape":[1],"data":[300]}"#, Inexact("elements that do not fit")),
         (r#"{"name":"a","datatype":"FP32","shape":[-1],"data":[1]}"#, Inexact("a shape without a size")),
     ] {
         assert_eq!(read(format!("{{\"inputs\":[{input}]}}")), Err(why), "{input}");
     }
+    let many: Vec<String> = (0..300).map(|at| format!("\"p{at}\":1")).collect();
+    let many = format!("{{{inputs},\"parameters\":{{{}}}}}", many.join(","));
+    assert_eq!(read(many), Err(Inexact("too many names")));
+    assert!(read(format!("{{{inputs},\"parameters\":{{\"timeout\":5}}}}")).expect("exact").hurried);
     // A field that is not known here.
     let request = Request::from_http(&format!("{{{inputs}}}").into(), None).expect("exact");
     let mut bytes = message(&request, true).expect("sayable").encode_to_vec();
     bytes.extend_from_slice(b"\xfa\x3f\x01x");
-    assert_eq!(Request::from_grpc(bytes.into()), Err(Inexact("unknown members")));
+    assert_eq!(Request::from_grpc(&bytes.into()), Err(Inexact("unknown members")));
 }

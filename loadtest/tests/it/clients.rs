@@ -19,7 +19,7 @@ async fn run(mut command: Command) -> (bool, String) {
     (output.status.success(), text)
 }
 
-async fn passes(name: &str, arguments: &[&str]) {
+pub async fn passes(name: &str, arguments: &[&str]) {
     let mut command = python();
     command.arg(root().join("loadtest/clients").join(name)).args(arguments);
     let (well, told) = run(command).await;

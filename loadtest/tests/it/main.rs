@@ -5,6 +5,8 @@
 #![allow(unreachable_pub, reason = "one binary: nothing here is for others")]
 #![allow(clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
 
+mod cache;
+
 mod capacity;
 
 mod clients;
