@@ -62,11 +62,13 @@ pub(crate) struct Core {
     pub(crate) shared: Arc<Shared>,
     pub(crate) index: usize,
     in_flight: AtomicUsize,
+    /// It accepts no more: clients are told to go elsewhere.
+    pub(crate) closing: AtomicBool,
 }
 
 impl Core {
     fn new(shared: Arc<Shared>, index: usize) -> Core {
-        Core { shared, index, in_flight: AtomicUsize::new(0) }
+        Core { shared, index, in_flight: AtomicUsize::new(0), closing: AtomicBool::new(false) }
     }
 
     /// Now, on the clock of all live state.

@@ -121,6 +121,7 @@ async fn accept(ground: Ground, socket: tokio::net::TcpListener) -> Result<(), S
             }
         }
     }
+    ground.core.closing.store(true, Relaxed);
     // What cannot be taken any more is lost either way.
     empty(&ground, socket, address).or(Ok(()))
 }
@@ -166,13 +167,13 @@ async fn connection(
     let peer = Arc::new(Peer { address: from.ip(), trust, secure: tls.is_some() });
     drop(snapshot);
     let service = {
-        let (core, stop) = (Arc::clone(&core), stop.clone());
+        let core = Arc::clone(&core);
         service_fn(move |request: Request<Incoming>| {
-            let (core, peer, stop) = (Arc::clone(&core), Arc::clone(&peer), stop.clone());
+            let (core, peer) = (Arc::clone(&core), Arc::clone(&peer));
             async move {
                 let is_http1 = request.version() <= Version::HTTP_11;
-                let mut answer = request::serve(core, peer, request).await;
-                if is_http1 && stop.is_cancelled() {
+                let mut answer = request::serve(Arc::clone(&core), peer, request).await;
+                if is_http1 && core.closing.load(Relaxed) {
                     answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
                 Ok::<_, std::convert::Infallible>(answer)

@@ -268,15 +268,15 @@ async fn real_clients_share_one_entry_whatever_encoding_they_speak() {
     let all = async || asked("eu-west").await + asked("us-east").await + asked("ap-northeast").await;
     let (http, grpc) = (format!("https://localhost:{}", world.tls), format!("localhost:{}", world.tls));
     let ca = secrets().folder.join("ca.pem").display().to_string();
-    clients::passes("cached.py", &["--http", &http, "--grpc", &grpc, "--ca", &ca, "--key", &secrets().keys["demo"]])
-        .await;
-    assert_eq!(all().await, 1, "{:?}", world.admin("/api/cache").await);
+    let arguments = ["--http", &http, "--grpc", &grpc, "--ca", &ca, "--key", &secrets().keys["demo"]];
+    clients::passes("cached.py", &arguments).await;
+    assert_eq!(all().await, 2, "{:?}", world.admin("/api/cache").await);
     // Byte for byte what the worker itself sends.
     let body = tiny_body().replacen('{', "{\"id\":\"x\",", 1);
     let through = world.ask(Ask { body: body.clone(), ..Ask::from(GERMANY) }).await;
     let again = world.ask(Ask { body: body.clone(), ..Ask::from(JAPAN) }).await;
     assert!(again.header("cache-status").starts_with("isochrone; hit"), "{again:?}");
-    assert_eq!((&through.body, all().await), (&again.body, 2));
+    assert_eq!((&through.body, all().await), (&again.body, 3));
     let own = format!("http://127.0.0.1:{}", world.worker_ports["eu-west"]);
     let own = isochrone_loadtest::client::Destination::new(&own, None, false).expect("a URL");
     let direct = own.connect().await.expect("connects").send(Ask { body, ..Ask::default() }.request()).await;

@@ -146,11 +146,7 @@ async fn a_successor_that_cannot_serve_changes_nothing() {
     for worker in &workers {
         world.workers[worker].signal("CONT");
     }
-    let all_well = async |world: &World| {
-        let regions = world.regions().await?;
-        regions.as_array()?.iter().all(|region| region["endpoints"][0]["healthy"] == true).then_some(())
-    };
-    world.until("every region is well again", all_well).await;
+    world.well().await;
     // One that is told to end while it still asks around, and one that dies with the sockets in its hands; one that is a stranger's and says nothing.
     let mut leaving = successor(&world);
     leaving.signal("TERM");
@@ -205,7 +201,7 @@ async fn sockets_that_a_service_manager_holds_are_served() {
     command.args(["-c", MANAGER, &ports]).arg(binary("isochrone")).args(["serve", "--config"]).arg(world.config());
     let log = world.folder.join("gateway.log");
     world.gateway = Some(Process::start("gateway", command.stdin(Stdio::null()), &log));
-    world.until("it is ready", async |world| (world.admin_text("/readyz").await? == "ready\n").then_some(())).await;
+    world.well().await;
     for port in [world.tls, world.untrusting] {
         assert!(TcpStream::connect(("127.0.0.1", port)).await.is_ok());
     }
@@ -241,7 +237,19 @@ async fn what_waits_to_be_accepted_when_the_process_leaves_is_served() {
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.expect("an answer, and an end");
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-        assert!(answer.to_lowercase().contains("connection: close"), "{answer}");
     }
     assert!(ended(gateway).await);
+}
+
+#[tokio::test]
+async fn a_client_on_its_old_connection_is_answered_and_told_to_go_elsewhere() {
+    let mut world = World::start("linger", Plan::default()).await;
+    let mut connection = world.connect().await;
+    assert_eq!(connection.send(Ask::default().request()).await.expect("an answer").status, StatusCode::OK);
+    world.gateway.as_ref().expect("started").signal("TERM");
+    let refused = async |world: &World| TcpStream::connect(("127.0.0.1", world.tls)).await.is_err().then_some(());
+    world.until("nobody else is taken", refused).await;
+    let answer = connection.send(Ask::default().request()).await.expect("an answer");
+    assert_eq!((answer.status, answer.header("connection")), (StatusCode::OK, "close"), "{answer:?}");
+    assert!(ended(world.gateway.as_mut().expect("started")).await);
 }

@@ -344,6 +344,11 @@ residency = {{ require = ["eu"] }}
 
     pub async fn start_gateway(&mut self) {
         self.spawn_gateway();
+        self.well().await;
+    }
+
+    /// Waits until every region is healthy.
+    pub async fn well(&self) {
         self.until("every region is healthy", async |world| {
             let regions = world.regions().await?;
             let healthy = |region: &Value| {
