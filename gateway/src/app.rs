@@ -194,8 +194,11 @@ async fn control(
     let succeeded = CancellationToken::new();
     let mut threads = Vec::new();
     let serving = async {
-        if predecessor.is_some() {
-            known(&shared).await?;
+        if let Some(predecessor) = &predecessor
+            && let Err(why) = known(&shared).await
+            && predecessor.serves()
+        {
+            return Err(why);
         }
         watched("the admin listener", &ended, admin::serve(admin, Arc::clone(&shared), succeeded.clone())?);
         let (begun, mut beginnings) = mpsc::channel(cores.len());

@@ -200,9 +200,10 @@ pub(crate) async fn through(
                 if let Some(answer) = stale(config.stale_while_revalidate, record) {
                     return Ok(answer);
                 }
-                let Ok(ended) = timeout_at(request.deadline, flight.ended()).await else {
-                    return stale(config.stale_if_error, record).ok_or(Error::Deadline);
-                };
+                // Half of the time that is left is kept for asking on its own: whoever leads may be stuck.
+                let now = tokio::time::Instant::now();
+                let until = now + request.deadline.saturating_duration_since(now) / 2;
+                let Ok(ended) = timeout_at(until, flight.ended()).await else { break };
                 match ended {
                     Ended::Kept(entry) => {
                         let region = place(core, request, &entry);
@@ -230,7 +231,7 @@ pub(crate) async fn through(
     }
     cache.counts.misses.fetch_add(1, Relaxed);
     let result = attempt::run(core, request, body, true, record).await;
-    let failed = result.as_ref().map_or(true, |answer| answer.status() >= 500 || answer.status() == 429);
+    let failed = result.as_ref().map_or(true, kept::is_failure);
     if failed {
         // One of those who wait asks next.
         drop(lead);

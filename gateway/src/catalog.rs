@@ -60,6 +60,10 @@ fn agreed(
                 continue;
             }
             let catalog = endpoint.catalog.load();
+            if well && catalog.is_empty() {
+                // It may have a newer one, and does not say so.
+                return Some(Err("unknown version"));
+            }
             let fits =
                 |served: &&Served| *served.name == *model && version.is_none_or(|version| *served.version == *version);
             let Some(newest) = catalog.iter().filter(fits).max_by(|a, b| order(&a.version).cmp(&order(&b.version)))

@@ -27,6 +27,7 @@ use isochrone_core::region::Region;
 use isochrone_core::residency::Residency;
 use isochrone_core::{course, live, stall, steer};
 
+pub(crate) use build::lexical;
 pub use build::{copy, load, load_expired};
 pub use document::Problem;
 

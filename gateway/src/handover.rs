@@ -124,6 +124,11 @@ impl Inherited {
 }
 
 impl Predecessor {
+    /// Whether it is there still.
+    pub(crate) fn serves(&self) -> bool {
+        !matches!(reach(&self.socket), Ok(None))
+    }
+
     /// Tells it that this process serves, and waits until it has made room. Blocks.
     ///
     /// # Errors
@@ -156,8 +161,8 @@ pub(crate) async fn succeeded(socket: PathBuf, sockets: Vec<TcpListener>) {
         match given.await.unwrap_or_else(|error| Err(error.into())) {
             Ok(mut successor) => {
                 // The place is the successor's from now on.
-                drop(listener);
                 let _ = std::fs::remove_file(&socket);
+                drop(listener);
                 // Whether it hears this or not, it serves.
                 let _ = successor.write_all(&[YIELDED]);
                 return;

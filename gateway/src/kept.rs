@@ -6,6 +6,8 @@
 
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest, Sha256};
+
 use crate::config::{self, Config, Opened, Rejected};
 
 /// Where a directory is kept.
@@ -15,8 +17,13 @@ pub(crate) struct Place(PathBuf);
 impl Place {
     /// Beside the directory, or in `state`.
     pub(crate) fn of(directory: &Path, state: Option<&Path>) -> Place {
-        Place(match (state, directory.file_name()) {
-            (Some(state), Some(name)) => state.join(name),
+        Place(match (state, directory.file_name().and_then(|name| name.to_str())) {
+            // Another directory of the same name is another's.
+            (Some(state), Some(name)) => {
+                let digest = Sha256::digest(directory.as_os_str().as_encoded_bytes());
+                let digits: String = digest[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+                state.join(format!("{name}-{digits}"))
+            }
             _ => directory.to_owned(),
         })
     }
@@ -44,12 +51,9 @@ pub(crate) fn keep(config: &Config, directory: &Path, place: &Place, opened: &mu
     let own = format!("accepting.{}", std::process::id());
     let new = place(&own)?;
     // One at a time: a process that drains and its successor see the same changes.
-    let done = std::fs::File::create(place("accepting.lock")?).and_then(|lock| {
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)?;
-        Ok(lock)
-    });
-    let done = done.map_err(|error| error.to_string());
-    let done = done.and_then(|_lock| replace(config, directory, opened, (&kept, &new, &old)));
+    let lock = std::fs::File::create(place("accepting.lock")?).map_err(|error| error.to_string())?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).map_err(|error| error.to_string())?;
+    let done = replace(config, directory, opened, (&kept, &new, &old));
     if done.is_err() {
         for place in [&new, &kept, &old] {
             // What cannot be removed could not be written either.

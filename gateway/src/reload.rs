@@ -48,13 +48,12 @@ pub(crate) async fn watch(
 ) -> String {
     let Source { directory, place, mut opened, broken } = source;
     let changed = Arc::new(Notify::new());
-    let mut watched = match Watched::start(Arc::clone(&changed), directory.clone()) {
-        Ok(watched) => watched,
-        Err(error) => return error.to_string(),
-    };
+    let mut watched = Watched::new(Arc::clone(&changed), directory.clone());
     let Ok(mut hangup) = signal(SignalKind::hangup()) else { return "no handler for SIGHUP".into() };
     let mut named = BTreeSet::new();
-    watched.follow(&shared.snapshot.load().config, &directory, &named);
+    if let Err(error) = watched.follow(&shared.snapshot.load().config, &named) {
+        return error.to_string();
+    }
     // Nobody has told what changed between the first reading and the beginning of the watch.
     changed.notify_one();
     if !broken {
@@ -75,7 +74,7 @@ pub(crate) async fn watch(
             }
         };
         // Before it is read: the directory may be another of the same name, and what is still being written is told of.
-        watched.follow(&shared.snapshot.load().config, &directory, &named);
+        follow(&mut watched, &shared, &named);
         let begun = Instant::now();
         let reading = directory.clone();
         let read = tokio::task::spawn_blocking(move || (config::load(&reading, &mut opened), opened)).await;
@@ -106,10 +105,18 @@ pub(crate) async fn watch(
             let _ = ask.send(());
         }
         // Whether accepted or not. What was not watched while it was read has to be read once more.
-        if watched.follow(&shared.snapshot.load().config, &directory, &named) {
+        if follow(&mut watched, &shared, &named) {
             changed.notify_one();
         }
     }
+}
+
+/// A watch that cannot be renewed leaves the old one.
+fn follow(watched: &mut Watched, shared: &Shared, named: &BTreeSet<PathBuf>) -> bool {
+    watched.follow(&shared.snapshot.load().config, named).unwrap_or_else(|error| {
+        tracing::error!(%error, "changes may not be seen; SIGHUP makes the gateway read them");
+        false
+    })
 }
 
 /// The time for another look, where file systems do not tell of changes.
@@ -155,6 +162,10 @@ fn accept(shared: &Shared, config: Config, begun: Instant) -> bool {
     let snapshot = Snapshot::compile(Arc::new(config), before.drains.clone(), Some(&before), shared.now());
     let (regions, endpoints) = (snapshot.regions.len(), snapshot.endpoints.len());
     let revision = snapshot.config.revision.clone();
+    if before.config.cache.bytes > 0 && snapshot.config.cache.bytes == 0 {
+        // Whoever turns it off may not want what it has, ever.
+        shared.cache.purge(None, None);
+    }
     shared.snapshot.store(Arc::new(snapshot));
     let took_ms = begun.elapsed().as_millis();
     tracing::info!(%revision, regions, endpoints, took_ms, "configuration accepted");
@@ -230,19 +241,55 @@ pub(crate) fn tell(rejected: &Rejected) {
     }
 }
 
-/// The directories being watched.
+/// What is watched.
 struct Watched {
-    watcher: RecommendedWatcher,
-    /// With their inodes: another directory of the same name is another.
-    directories: BTreeMap<PathBuf, Option<u64>>,
+    changed: Arc<Notify>,
+    directory: PathBuf,
+    watcher: Option<RecommendedWatcher>,
+    seen: Seen,
+}
+
+/// What a watch depends on.
+#[derive(Debug, Default, PartialEq)]
+struct Seen {
+    /// Which directories they are: another of the same name is another, and may have the number of the one that is gone.
+    directories: BTreeMap<PathBuf, Option<(u64, u64, Option<SystemTime>)>>,
+    files: BTreeSet<PathBuf>,
 }
 
 impl Watched {
-    fn start(changed: Arc<Notify>, directory: PathBuf) -> notify::Result<Watched> {
-        // Its parent is watched for its replacement alone: whatever else changes there is not ours.
+    fn new(changed: Arc<Notify>, directory: PathBuf) -> Watched {
+        Watched { changed, directory, watcher: None, seen: Seen::default() }
+    }
+
+    /// Watches what this configuration depends on, and the files that a newer state of it names, and no more. Whether
+    /// something may have changed that was not watched.
+    ///
+    /// All is watched anew if anything of it is another: with a directory that goes, the watcher forgets what is named by a
+    /// path through it, and two paths to one directory as soon as one of them goes.
+    fn follow(&mut self, config: &Config, named: &BTreeSet<PathBuf>) -> notify::Result<bool> {
+        let identity = |path: &Path| {
+            let metadata = std::fs::metadata(path).ok()?;
+            Some((metadata.dev(), metadata.ino(), metadata.created().ok()))
+        };
+        let directories = config.watched(&self.directory, named).into_iter();
+        let wanted = Seen {
+            directories: directories.map(|path| (path.clone(), identity(&path))).collect(),
+            files: config.files.iter().chain(named).map(|file| config::lexical(file)).collect(),
+        };
+        if wanted == self.seen {
+            return Ok(false);
+        }
+        let directory = config::lexical(&self.directory);
+        // The parent is watched for the directory's own replacement, and for files that lie there: whatever else changes there
+        // is not ours.
         let parent = directory.parent().map(Path::to_owned).unwrap_or_default();
-        let ours = move |path: &PathBuf| path.parent() != Some(&parent) || *path == directory;
-        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        let (files, changed) = (wanted.files.clone(), Arc::clone(&self.changed));
+        let ours = move |path: &PathBuf| {
+            let path = config::lexical(path);
+            path.parent() != Some(&parent) || path == directory || files.contains(&path)
+        };
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             // Reading is no change; an overflow or an error may hide one.
             if event
                 .is_ok_and(|event| !matters(event.kind) || !(event.paths.is_empty() || event.paths.iter().any(&ours)))
@@ -251,30 +298,15 @@ impl Watched {
             }
             changed.notify_one();
         })?;
-        Ok(Watched { watcher, directories: BTreeMap::new() })
-    }
-
-    /// Watches what this configuration depends on, and the files that a newer state of it names, and no more. Whether any
-    /// directory has not been watched before.
-    fn follow(&mut self, config: &Config, directory: &Path, named: &BTreeSet<PathBuf>) -> bool {
-        let inode = |path: &PathBuf| std::fs::metadata(path).ok().map(|metadata| metadata.ino());
-        let wanted: BTreeMap<PathBuf, Option<u64>> =
-            config.watched(directory, named).into_iter().map(|path| (path.clone(), inode(&path))).collect();
-        for gone in self.directories.keys().filter(|path| !wanted.contains_key(*path)) {
-            // A directory that no longer exists is no longer watched either way.
-            let _ = self.watcher.unwatch(gone);
-        }
-        let fresh = |path: &PathBuf, inode: &Option<u64>| self.directories.get(path) != Some(inode);
-        let new: Vec<&PathBuf> =
-            wanted.iter().filter(|(path, inode)| fresh(path, inode)).map(|(path, _)| path).collect();
-        for new in &new {
-            if let Err(error) = self.watcher.watch(new, RecursiveMode::NonRecursive) {
-                tracing::warn!(directory = %new.display(), %error, "not watched; SIGHUP makes the gateway read changes there");
+        for path in wanted.directories.keys() {
+            if let Err(error) = watcher.watch(path, RecursiveMode::NonRecursive) {
+                tracing::warn!(directory = %path.display(), %error, "not watched; SIGHUP makes the gateway read changes there");
             }
         }
-        let any = !new.is_empty();
-        self.directories = wanted;
-        any
+        // The old one only now, so that there is always one that watches.
+        self.watcher = Some(watcher);
+        self.seen = wanted;
+        Ok(true)
     }
 }
 

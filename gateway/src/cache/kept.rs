@@ -76,6 +76,17 @@ pub(super) fn is_inference(request: &Attempted<'_>) -> bool {
     }
 }
 
+/// Whether another may be told something better than this answer.
+pub(super) fn is_failure(answer: &Answer) -> bool {
+    let trailers = match &answer.body {
+        AnswerBody::Whole { trailers, .. } => trailers.as_ref(),
+        AnswerBody::Stream { .. } => None,
+    };
+    let grpc = answer.head.headers.get(GRPC_STATUS).or_else(|| trailers?.get(GRPC_STATUS));
+    // DEADLINE_EXCEEDED is the asking client's own, or the worker's.
+    answer.status() >= 500 || answer.status() == 429 || grpc.is_some_and(|status| status.as_bytes() == b"4")
+}
+
 /// Reads what a request asks for.
 ///
 /// # Errors

@@ -1023,7 +1023,7 @@ pub fn copy(config: &Config, from: &Path, to: &Path) -> std::io::Result<()> {
 }
 
 /// A path without the steps that it takes back.
-fn lexical(path: &Path) -> PathBuf {
+pub(crate) fn lexical(path: &Path) -> PathBuf {
     let mut plain = PathBuf::new();
     for part in path.components() {
         match part {

@@ -352,3 +352,44 @@ async fn an_expired_certificate_is_refused_unless_it_was_in_force() {
     world.until("the new one is presented", async |world| (expiry(world).await? == later).then_some(())).await;
     assert_eq!(world.admin("/api/config").await.expect("a configuration")["rejected"], Value::Null);
 }
+
+#[tokio::test]
+async fn what_lies_outside_is_watched_still_when_the_directory_has_been_replaced() {
+    let world = World::configured("outside", Plan::default());
+    // Named through the directory, as the shipped configuration does it; and one that lies right beside it.
+    let (keys, beside) = (world.folder.join("keys"), world.folder.join("demo-eu.hash"));
+    std::fs::create_dir(&keys).expect("a folder");
+    let secrets = &crate::world::secrets().folder;
+    std::fs::copy(secrets.join("demo.hash"), keys.join("demo.hash")).expect("copied");
+    std::fs::copy(secrets.join("demo-eu.hash"), &beside).expect("copied");
+    let file = world.config().join("tenants.toml");
+    let text = std::fs::read_to_string(&file).expect("readable");
+    let text = text.replace(&format!("{}/demo.hash", secrets.display()), "../keys/demo.hash");
+    std::fs::write(&file, text.replace(&format!("{}/demo-eu.hash", secrets.display()), "../demo-eu.hash"))
+        .expect("written");
+    let mut world = world;
+    for region in ["ap-northeast", "eu-west", "us-east"] {
+        world.start_worker(region);
+    }
+    world.start_gateway().await;
+    let revision = async |world: &World| Some(world.admin("/api/config").await?["revision"].clone());
+    // Replaced as a whole, as `apply` does it.
+    let (next, old) = (world.folder.join("next"), world.folder.join("old"));
+    let copied = std::process::Command::new("cp").arg("-r").arg(world.config()).arg(&next).status().expect("cp runs");
+    assert!(copied.success());
+    let before = revision(&world).await.expect("a revision");
+    std::fs::rename(world.config(), &old).expect("renamed");
+    std::fs::rename(&next, world.config()).expect("renamed");
+    world.write_region("us-east", true);
+    let changed = async |world: &World, before: &Value| (revision(world).await? != *before).then_some(());
+    world.until("the new directory is read", async |world| changed(world, &before).await).await;
+    // A key is changed where nothing else is.
+    for (file, tenant) in [(keys.join("demo.hash"), "demo"), (beside, "demo-eu")] {
+        assert_eq!(world.ask(Ask { tenant, ..Ask::default() }).await.status, StatusCode::OK);
+        world.replace(&file, &format!("sha256:{}", "0".repeat(63) + if tenant == "demo" { "1" } else { "2" }));
+        let refused = async |world: &World| {
+            (world.ask(Ask { tenant, ..Ask::default() }).await.status == StatusCode::UNAUTHORIZED).then_some(())
+        };
+        world.until("the old key is refused", refused).await;
+    }
+}
